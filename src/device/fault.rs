@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Fault events for the guest, in a queue that cannot grow.
+
+use std::collections::VecDeque;
+
+use crate::access::Access;
+use crate::id::EndpointId;
+use crate::spec::fault;
+
+/// Why an access did not get through (5.13.6.8, `VIRTIO_IOMMU_FAULT_R_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum FaultReason {
+    /// An internal error, or one that the others do not describe.
+    Unknown = fault::R_UNKNOWN,
+    /// The endpoint is not attached to a domain.
+    Domain = fault::R_DOMAIN,
+    /// The address is not mapped, or not for this access.
+    Mapping = fault::R_MAPPING,
+}
+
+/// An event for the guest. It carries guest values only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Why.
+    pub reason: FaultReason,
+    /// Whose access it was.
+    pub endpoint: EndpointId,
+    /// The first virtual address, if one is known.
+    pub address: Option<u64>,
+    /// What was tried; [`Access::NONE`] if that is not known.
+    pub access: Access,
+}
+
+impl Fault {
+    /// `struct virtio_iommu_fault`.
+    pub fn to_bytes(&self) -> [u8; fault::SIZE] {
+        let mut flags = 0;
+        for (set, flag) in [
+            (self.access.read, fault::F_READ),
+            (self.access.write, fault::F_WRITE),
+            (self.address.is_some(), fault::F_ADDRESS),
+        ] {
+            if set {
+                flags |= flag;
+            }
+        }
+        // 5.13.6.8.2: "The device SHOULD set reserved and reserved1 to zero", "undefined flags to zero".
+        let mut bytes = [0; fault::SIZE];
+        bytes[0] = self.reason as u8;
+        bytes[4..8].copy_from_slice(&flags.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.endpoint.0.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.address.unwrap_or(0).to_le_bytes());
+        bytes
+    }
+}
+
+/// Faults that wait for a buffer of the guest: the oldest are kept, later ones are counted when there is no room.
+#[derive(Debug, Default)]
+pub(super) struct FaultQueue {
+    waiting: VecDeque<Fault>,
+    dropped: u64,
+}
+
+impl FaultQueue {
+    /// How many faults can wait.
+    const CAPACITY: usize = 256;
+
+    pub fn push(&mut self, fault: Fault) {
+        if self.waiting.len() < Self::CAPACITY {
+            self.waiting.push_back(fault);
+        } else {
+            self.dropped = self.dropped.saturating_add(1);
+        }
+    }
+
+    pub fn pop(&mut self) -> Option<Fault> {
+        self.waiting.pop_front()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub const fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    pub fn clear(&mut self) {
+        self.waiting.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_is_laid_out_as_the_driver_reads_it() {
+        let fault = Fault {
+            reason: FaultReason::Mapping,
+            endpoint: EndpointId(0x0102_0304),
+            address: Some(0x1122_3344_5566_7788),
+            access: Access::WRITE,
+        };
+        let mut expected = [0; 24];
+        expected[0] = 2;
+        expected[4..6].copy_from_slice(&[2, 1]);
+        expected[8..12].copy_from_slice(&[4, 3, 2, 1]);
+        expected[16..].copy_from_slice(&[0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11]);
+        assert_eq!(fault.to_bytes(), expected);
+        let bare = Fault { address: None, access: Access::NONE, ..fault };
+        assert_eq!(bare.to_bytes()[4..8], [0; 4]);
+        assert_eq!(bare.to_bytes()[16..], [0; 8]);
+    }
+
+    #[test]
+    fn the_queue_keeps_the_oldest_and_counts_the_rest() {
+        let mut queue = FaultQueue::default();
+        for endpoint in 0..FaultQueue::CAPACITY as u32 + 3 {
+            let endpoint = EndpointId(endpoint);
+            queue.push(Fault { reason: FaultReason::Domain, endpoint, address: None, access: Access::READ });
+        }
+        assert_eq!(queue.dropped(), 3);
+        assert_eq!(queue.pop().unwrap().endpoint, EndpointId(0));
+        assert_eq!(std::iter::from_fn(|| queue.pop()).last().unwrap().endpoint, EndpointId(255));
+        assert!(queue.is_empty());
+    }
+}

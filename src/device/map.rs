@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! MAP and UNMAP, and what happens when the host does not follow.
+//!
+//! The guest's mappings are the truth and every host call's result counts. A failed MAP is taken back everywhere. A
+//! failed UNMAP cannot be: Linux never looks at its status and reuses the memory. So the domain's groups are blocked
+//! before the request returns, then put on fresh page tables; if that fails too, they stay blocked.
+
+use vm_memory::GuestAddress;
+
+use super::domain::{Domain, Mapping, WouldSplit};
+use super::endpoint::GroupTable;
+use super::notice::describe;
+use super::{Fault, FaultReason, Notice, VirtioIommu};
+use crate::access::Access;
+use crate::host::{HostError, HostErrorKind, IoPageTable, MapError, UnmapError};
+use crate::id::DomainId;
+use crate::memory::HostSegment;
+use crate::range::IovaRange;
+use crate::request::Status;
+
+/// How a map over all tables of a domain went wrong.
+struct MapFailure {
+    error: HostError,
+    /// Some table still has what was to be taken back.
+    out_of_step: bool,
+}
+
+impl VirtioIommu {
+    pub(super) fn map(
+        &mut self,
+        domain: DomainId,
+        iova: IovaRange,
+        physical: u64,
+        access: Access,
+    ) -> Result<(), Status> {
+        self.check_map(domain, iova, physical)?;
+        let mapping = Mapping { iova, physical: GuestAddress(physical), access };
+        // 5.13.6.5: "the range defined by phys_start and phys_end should be within the guest-physical address space".
+        // No status is named for one that is not; this one says that an address cannot be reached.
+        let length = iova.length().ok_or(Status::Range)?;
+        let segments = self.ram.segments(mapping.physical, length).ok_or(Status::Fault)?;
+        if !access.is_none() {
+            if let Err(failure) = self.map_on_host(domain, iova, &segments, access) {
+                return Err(self.map_failed(domain, iova, access, &failure));
+            }
+        }
+        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
+            space.mappings.insert(mapping);
+        }
+        Ok(())
+    }
+
+    fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<(), Status> {
+        let domain = self.find_domain(id)?;
+        // 5.13.6.5.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
+        // VIRTIO_IOMMU_S_INVAL."
+        let space = domain.space().ok_or(Status::Invalid)?;
+        // 5.13.6.5.2: "If virt_start, phys_start or (virt_end + 1) is not aligned on the page granularity, the device
+        // SHOULD reject the request and set status to VIRTIO_IOMMU_S_RANGE."
+        let granule = self.settings.granule;
+        if !iova.is_aligned(granule) || physical & (granule - 1) != 0 {
+            return Err(Status::Range);
+        }
+        // 5.13.6: "Any mapping request to virtual addresses outside of this range fails."
+        if !self.settings.input_range.covers(iova) {
+            return Err(Status::Range);
+        }
+        // 5.13.6.5.2: "If a mapping already exists in the requested range, the device SHOULD reject the request and
+        // set status to VIRTIO_IOMMU_S_INVAL."
+        if space.mappings.overlapping(iova).is_some() {
+            return Err(Status::Invalid);
+        }
+        // 5.13.6.7.3: "The device SHOULD reject a MAP request that overlaps a RESV_MEM region."
+        let mut views = domain.endpoints.iter().filter_map(|id| Some(&self.endpoints.get(id)?.view));
+        if views.any(|view| view.refused().overlapping(iova).is_some()) {
+            return Err(Status::Invalid);
+        }
+        if space.poisoned {
+            return Err(Status::DeviceError);
+        }
+        if space.mappings.len() >= self.settings.max_mappings {
+            return Err(Status::NoMemory);
+        }
+        Ok(())
+    }
+
+    pub(super) fn unmap(&mut self, domain: DomainId, iova: IovaRange) -> Result<(), Status> {
+        // 5.13.6.6.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
+        // VIRTIO_IOMMU_S_INVAL."
+        let space = self.find_domain(domain)?.space().ok_or(Status::Invalid)?;
+        // 5.13.6.6.2: if "the UNMAP request would split the mapping, then the device SHOULD set the request status to
+        // VIRTIO_IOMMU_S_RANGE, and SHOULD NOT remove any mapping".
+        let covered = space.mappings.covered(iova).map_err(|WouldSplit| Status::Range)?;
+        // 5.13.6.6.2: "If part of the range or the full range is not covered by an existing mapping, then the device
+        // SHOULD remove all mappings affected by the range and set the request status to VIRTIO_IOMMU_S_OK."
+        let mut on_host: Option<(IovaRange, u64)> = None;
+        for mapping in covered {
+            if let Some(bytes) = mapping.bytes_on_host(&self.ram) {
+                let (start, before) = on_host.map_or((mapping.iova.start(), 0), |(hull, sum)| (hull.start(), sum));
+                on_host = IovaRange::new(start, mapping.iova.last()).map(|hull| (hull, before + bytes));
+            }
+        }
+        let failure = on_host.and_then(|(hull, bytes)| self.unmap_on_host(domain, hull, bytes).err());
+        let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) else {
+            return Err(Status::NoEntry);
+        };
+        space.mappings.remove(iova);
+        let emptied = space.poisoned && space.mappings.is_empty();
+        if let Some(error) = failure {
+            return if self.bring_back_in_step(domain, &error) { Ok(()) } else { Err(Status::DeviceError) };
+        }
+        if emptied {
+            self.rebuild(domain);
+        }
+        Ok(())
+    }
+
+    /// The domain of a MAP or UNMAP.
+    fn find_domain(&self, domain: DomainId) -> Result<&Domain, Status> {
+        if !self.settings.domain_range.contains(&domain.0) {
+            return Err(Status::Invalid);
+        }
+        // 5.13.6.5.2 and 5.13.6.6.2: "If domain does not exist, the device SHOULD" set "status to
+        // VIRTIO_IOMMU_S_NOENT."
+        self.domains.get(&domain).ok_or(Status::NoEntry)
+    }
+
+    /// Maps in every table of the domain, or in none.
+    fn map_on_host(
+        &self,
+        domain: DomainId,
+        iova: IovaRange,
+        segments: &[HostSegment],
+        access: Access,
+    ) -> Result<(), MapFailure> {
+        let length = segments.iter().map(|segment| segment.length).sum();
+        let mut done: Vec<&dyn IoPageTable> = Vec::new();
+        for table in self.host_tables(domain) {
+            let Err(error) = table.map(iova, segments, access) else {
+                done.push(table);
+                continue;
+            };
+            let undone = done.iter().all(|table| unmap_exactly(*table, iova, length).is_ok());
+            let out_of_step = !undone || matches!(error, MapError::LeftBehind(_));
+            return Err(MapFailure { error: error.into(), out_of_step });
+        }
+        Ok(())
+    }
+
+    /// Unmaps from every table of the domain, and does not stop at one that fails.
+    fn unmap_on_host(&self, domain: DomainId, iova: IovaRange, bytes: u64) -> Result<(), HostError> {
+        let mut result = Ok(());
+        for table in self.host_tables(domain) {
+            result = result.and(unmap_exactly(table, iova, bytes));
+        }
+        result
+    }
+
+    /// The tables of a domain that a host translates by.
+    pub(super) fn host_tables(&self, domain: DomainId) -> impl Iterator<Item = &dyn IoPageTable> {
+        let tables = self.domains.get(&domain).and_then(Domain::space).map(|space| &space.tables);
+        tables.into_iter().flatten().map(AsRef::as_ref).filter(|table: &&dyn IoPageTable| !table.in_software())
+    }
+
+    /// Tells guest and operator of a MAP that the host refused.
+    fn map_failed(&mut self, domain: DomainId, iova: IovaRange, access: Access, failure: &MapFailure) -> Status {
+        let error = describe(&failure.error);
+        self.notices.push(Notice::MapFailed { domain, iova, error });
+        let endpoint = self.domains.get(&domain).and_then(|domain| domain.endpoints.first().copied());
+        if let Some(endpoint) = endpoint {
+            let reason = FaultReason::Mapping;
+            self.faults.push(Fault { reason, endpoint, address: Some(iova.start()), access });
+        }
+        if failure.out_of_step {
+            self.bring_back_in_step(domain, &failure.error);
+        }
+        map_status(failure.error.kind)
+    }
+
+    /// The host's tables of a domain may have what the guest's mappings do not: blocks the domain's groups, and
+    /// rebuilds. Whether that worked; if not, the groups stay blocked and the domain is poisoned.
+    pub(super) fn bring_back_in_step(&mut self, domain: DomainId, error: &HostError) -> bool {
+        let rebuilt = self.rebuild(domain);
+        self.notices.push(Notice::OutOfStep { domain, error: describe(error), rebuilt });
+        let endpoints = self.domains.get(&domain).map(|domain| &domain.endpoints);
+        for endpoint in endpoints.into_iter().flatten() {
+            let (reason, access) = (FaultReason::Unknown, Access::NONE);
+            self.faults.push(Fault { reason, endpoint: *endpoint, address: None, access });
+        }
+        rebuilt
+    }
+
+    /// Blocks all groups of a domain and puts them on fresh tables.
+    fn rebuild(&mut self, domain: DomainId) -> bool {
+        let mut groups: Vec<usize> = Vec::new();
+        for (index, group) in self.groups.iter_mut().enumerate() {
+            let was_poisoned = matches!(group.table, GroupTable::Blocked)
+                && group.host.members().iter().any(|id| {
+                    self.endpoints.get(id).is_some_and(|endpoint| endpoint.domain == Some(domain))
+                });
+            if group.is_on(domain) || was_poisoned {
+                group.block();
+                groups.push(index);
+            }
+        }
+        self.forget_tables(domain, false);
+        for group in &groups {
+            self.settle_group(*group);
+        }
+        let rebuilt = groups.iter().all(|group| !self.should_be_on(*group, domain) || self.group(*group).is_on(domain));
+        if !rebuilt {
+            for group in groups {
+                self.group_mut(group).block();
+            }
+            self.forget_tables(domain, true);
+        }
+        rebuilt
+    }
+
+    fn forget_tables(&mut self, domain: DomainId, poisoned: bool) {
+        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
+            space.tables.clear();
+            space.poisoned = poisoned;
+        }
+    }
+}
+
+/// Unmaps, and takes any other number of bytes than expected for a failure.
+pub(super) fn unmap_exactly(table: &dyn IoPageTable, iova: IovaRange, bytes: u64) -> Result<(), HostError> {
+    match table.unmap(iova) {
+        Ok(gone) if gone == bytes => Ok(()),
+        Ok(gone) => {
+            let action = format!("unmapping {iova} removed {gone:#x} bytes instead of {bytes:#x}");
+            Err(HostError::new(HostErrorKind::Other, action, None))
+        }
+        Err(UnmapError { error, .. }) => Err(error),
+    }
+}
+
+/// What a MAP that the host refused is answered with.
+fn map_status(kind: HostErrorKind) -> Status {
+    match kind {
+        HostErrorKind::Unmappable | HostErrorKind::AlreadyMapped => Status::Invalid,
+        HostErrorKind::NoMemory => Status::NoMemory,
+        HostErrorKind::BadAddress => Status::Fault,
+        HostErrorKind::ReservedConflict
+        | HostErrorKind::NotBound
+        | HostErrorKind::Incompatible
+        | HostErrorKind::Busy
+        | HostErrorKind::Gone
+        | HostErrorKind::Other => Status::DeviceError,
+    }
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the device decides: a state machine without files, threads or a clock.
+//!
+//! [`VirtioIommu::handle`] takes the bytes of one request and writes the bytes of its reply. Everything that reaches
+//! the host goes through the traits of [`crate::host`].
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use crate::host::{HostGroup, IoPageTable};
+use crate::id::{DomainId, EndpointId};
+use crate::memory::GuestRam;
+use crate::range::IovaRange;
+use crate::request::{Request, RequestKind, Status, write_reply};
+use crate::reserved::EndpointView;
+use crate::spec::{self, config, feature};
+
+mod attach;
+mod bypass;
+mod domain;
+mod endpoint;
+mod fault;
+mod map;
+mod memory;
+mod notice;
+mod statistics;
+#[cfg(test)]
+mod tests;
+
+use domain::Domain;
+use endpoint::{Endpoint, Group, GroupTable};
+use fault::FaultQueue;
+use notice::NoticeQueue;
+
+pub use fault::{Fault, FaultReason};
+pub use notice::Notice;
+pub use statistics::{Count, Statistics};
+
+/// What a device offers and how much it may use. Fixed for the life of the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The virtual addresses that can be mapped.
+    pub input_range: IovaRange,
+    /// The smallest page, in bytes: a power of two up to 2 MiB.
+    pub granule: u64,
+    /// The domain IDs that can be used, both ends included.
+    pub domain_range: RangeInclusive<u32>,
+    /// How many bytes of properties PROBE answers with; room for 64 regions by default.
+    pub probe_size: u32,
+    /// Whether endpoints that are in no domain reach guest memory as it is, until the driver says otherwise.
+    pub boot_bypass: bool,
+    /// Whether to offer `VIRTIO_F_ACCESS_PLATFORM`, for machines that translate or restrict the device's own
+    /// accesses to guest memory.
+    pub access_platform: bool,
+    /// How many domains there may be.
+    pub max_domains: usize,
+    /// How many mappings a domain may have.
+    pub max_mappings: usize,
+}
+
+impl Settings {
+    /// How many properties fit a PROBE reply by default.
+    const DEFAULT_PROPERTIES: u32 = 64;
+
+    /// Defaults for a device that can map these addresses in pages of `granule` bytes, a power of two.
+    pub const fn new(input_range: IovaRange, granule: u64) -> Self {
+        Self {
+            input_range,
+            granule,
+            domain_range: 0..=u32::MAX,
+            probe_size: Self::DEFAULT_PROPERTIES * spec::RESV_MEM_SIZE as u32,
+            boot_bypass: true,
+            access_platform: false,
+            max_domains: 4096,
+            max_mappings: 1 << 20,
+        }
+    }
+
+    /// The page sizes that are worth using: granule, 2 MiB, 1 GiB. Linux splits its mappings by this mask, so every
+    /// further bit would cost it requests.
+    const fn page_size_mask(&self) -> u64 {
+        self.granule | 1 << 21 | 1 << 30
+    }
+}
+
+/// Endpoints, groups and settings that do not fit each other.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// An endpoint is given twice.
+    #[error("endpoint {0} is given twice")]
+    EndpointTwice(EndpointId),
+    /// An endpoint is in two groups, or twice in one.
+    #[error("endpoint {0} is in more than one host group")]
+    GroupTwice(EndpointId),
+    /// A group has a member that is no endpoint of this device.
+    #[error("a host group has the member {0}, which is no endpoint")]
+    UnknownMember(EndpointId),
+    /// An endpoint is in no group.
+    #[error("endpoint {0} is in no host group")]
+    NoGroup(EndpointId),
+    /// The granule is not a power of two up to 2 MiB, or the input range is not a multiple of it.
+    #[error("a granule of {granule:#x} bytes does not fit the input range {input_range}")]
+    Granule {
+        /// The granule.
+        granule: u64,
+        /// The input range.
+        input_range: IovaRange,
+    },
+    /// The regions of an endpoint do not fit a PROBE reply.
+    #[error("the {regions} reserved regions of endpoint {endpoint} do not fit {probe_size} bytes of properties")]
+    ProbeSize {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// How many regions it has.
+        regions: usize,
+        /// How many bytes there are.
+        probe_size: u32,
+    },
+}
+
+/// A virtio-iommu device.
+#[derive(Debug)]
+pub struct VirtioIommu {
+    settings: Settings,
+    /// Field `bypass` of the configuration.
+    bypass: bool,
+    driver_features: u64,
+    ram: GuestRam,
+    endpoints: BTreeMap<EndpointId, Endpoint>,
+    groups: Vec<Group>,
+    domains: BTreeMap<DomainId, Domain>,
+    /// Tables in which guest memory is mapped to itself.
+    bypass_tables: Vec<Arc<dyn IoPageTable>>,
+    faults: FaultQueue,
+    notices: NoticeQueue,
+    statistics: Statistics,
+}
+
+impl VirtioIommu {
+    /// A device with these endpoints, of which every one is in exactly one host group.
+    ///
+    /// What the groups are attached to is left as it is until the driver or a reset asks for something else.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`]
+    pub fn new(
+        settings: Settings,
+        endpoints: Vec<(EndpointId, EndpointView)>,
+        groups: Vec<Arc<dyn HostGroup>>,
+    ) -> Result<Self, SetupError> {
+        check_settings(&settings)?;
+        let endpoints = place_endpoints(&settings, endpoints, &groups)?;
+        let groups = groups.into_iter().map(|host| Group { host, table: GroupTable::AsFound }).collect();
+        Ok(Self {
+            bypass: settings.boot_bypass,
+            settings,
+            driver_features: 0,
+            ram: GuestRam::default(),
+            endpoints,
+            groups,
+            domains: BTreeMap::new(),
+            bypass_tables: Vec::new(),
+            faults: FaultQueue::default(),
+            notices: NoticeQueue::default(),
+            statistics: Statistics::default(),
+        })
+    }
+
+    /// The feature bits to offer.
+    pub const fn features(&self) -> u64 {
+        // 5.13.3.2: "New devices SHOULD NOT offer VIRTIO_IOMMU_F_BYPASS." MMIO is not offered either: nothing
+        // but guest memory can be mapped.
+        let offered = feature::INPUT_RANGE
+            | feature::DOMAIN_RANGE
+            | feature::MAP_UNMAP
+            | feature::PROBE
+            | feature::BYPASS_CONFIG
+            | feature::RING_INDIRECT_DESC
+            | feature::RING_EVENT_IDX
+            | feature::VERSION_1;
+        if self.settings.access_platform { offered | feature::ACCESS_PLATFORM } else { offered }
+    }
+
+    /// Takes note of the features that the driver accepted. From here on a `bypass` of 0 is in force.
+    pub fn set_driver_features(&mut self, features: u64) {
+        self.driver_features = features & self.features();
+        self.settle_unattached_groups();
+    }
+
+    /// `struct virtio_iommu_config`.
+    pub fn config(&self) -> [u8; config::SIZE] {
+        let settings = &self.settings;
+        let mut bytes = [0; config::SIZE];
+        let mut put = |offset: usize, field: &[u8]| {
+            for (to, from) in bytes.iter_mut().skip(offset).zip(field) {
+                *to = *from;
+            }
+        };
+        put(config::PAGE_SIZE_MASK, &settings.page_size_mask().to_le_bytes());
+        put(config::INPUT_RANGE_START, &settings.input_range.start().to_le_bytes());
+        put(config::INPUT_RANGE_END, &settings.input_range.last().to_le_bytes());
+        put(config::DOMAIN_RANGE_START, &settings.domain_range.start().to_le_bytes());
+        put(config::DOMAIN_RANGE_END, &settings.domain_range.end().to_le_bytes());
+        put(config::PROBE_SIZE, &settings.probe_size.to_le_bytes());
+        // 5.13.4.2: "The device MUST NOT present a value different than 0 or 1 in bypass."
+        put(config::BYPASS, &[u8::from(self.bypass)]);
+        bytes
+    }
+
+    /// Takes a write to the configuration. Only `bypass` can be written, and only 0 or 1; the rest is ignored,
+    /// so a transport that writes the whole structure does no harm.
+    pub fn write_config(&mut self, offset: usize, bytes: &[u8]) {
+        let written = config::BYPASS.checked_sub(offset).and_then(|at| bytes.get(at));
+        let bypass = match written {
+            Some(0) => false,
+            Some(1) => true,
+            _ => return,
+        };
+        if self.bypass != bypass {
+            self.bypass = bypass;
+            self.settle_unattached_groups();
+        }
+    }
+
+    /// Handles one request: reads it from the device-readable bytes of its descriptor chain, writes the reply over
+    /// all of the device-writable ones, and returns the used length.
+    ///
+    /// The used length is zero, and nothing is written, if the type is unknown or there is no room for a status.
+    pub fn handle(&mut self, readable: &[u8], writable: &mut [u8]) -> usize {
+        // 5.13.6.2: "If a request type is not recognized, the device SHOULD NOT write the buffer and SHOULD set
+        // the used length to zero."
+        let Some(kind) = RequestKind::of(readable) else {
+            self.statistics.unreadable += 1;
+            return 0;
+        };
+        if writable.len() < spec::TAIL_SIZE {
+            self.statistics.unreadable += 1;
+            return 0;
+        }
+        let mut view = None;
+        let result = Request::parse(kind, readable).and_then(|request| match request {
+            Request::Attach { domain, endpoint, bypass } => self.attach(domain, endpoint, bypass),
+            Request::Detach { domain, endpoint } => self.detach(domain, endpoint),
+            Request::Map { domain, iova, physical, access } => self.map(domain, iova, physical, access),
+            Request::Unmap { domain, iova } => self.unmap(domain, iova),
+            Request::Probe { endpoint } => self.probe(endpoint, writable.len()).map(|found| view = Some(found)),
+        });
+        let status = result.err().unwrap_or(Status::Ok);
+        self.statistics.count(kind, status);
+        let properties = view.as_ref().map_or(&[][..], EndpointView::reported);
+        write_reply(writable, status, properties)
+    }
+
+    fn probe(&self, endpoint: EndpointId, writable: usize) -> Result<EndpointView, Status> {
+        // 5.13.6.7.2: "If the properties list is smaller than probe_size, the device SHOULD NOT write any property.
+        // It SHOULD reject the request and set status to VIRTIO_IOMMU_S_INVAL."
+        if writable < RequestKind::Probe.reply_size(self.settings.probe_size) {
+            return Err(Status::Invalid);
+        }
+        // 5.13.6.7.2: "If the endpoint identified by endpoint doesn't exist, then the device SHOULD reject the
+        // request and set status to VIRTIO_IOMMU_S_NOENT."
+        Ok(self.endpoints.get(&endpoint).ok_or(Status::NoEntry)?.view.clone())
+    }
+
+    /// Resets the device: no endpoint is attached, no domain and no event is left. `bypass` keeps its value
+    /// (5.13.4.2: it "SHOULD NOT change on device reset").
+    pub fn reset(&mut self) {
+        self.driver_features = 0;
+        self.faults.clear();
+        self.detach_all();
+        self.settle_unattached_groups();
+    }
+
+    /// Ends the device's work: refuses all DMA of all endpoints and frees every page table.
+    pub fn shut_down(&mut self) {
+        for group in &mut self.groups {
+            group.block();
+        }
+        self.detach_all();
+        self.bypass_tables.clear();
+    }
+
+    /// Takes the oldest fault event that waits for the guest.
+    pub fn next_fault(&mut self) -> Option<Fault> {
+        self.faults.pop()
+    }
+
+    /// Whether a fault event waits for the guest.
+    pub fn has_faults(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
+    /// Takes the oldest notice for the operator.
+    pub fn next_notice(&mut self) -> Option<Notice> {
+        self.notices.pop()
+    }
+
+    /// What has been counted since the device was made.
+    pub const fn statistics(&self) -> Statistics {
+        let mut statistics = self.statistics;
+        statistics.faults_dropped = self.faults.dropped();
+        statistics.notices_dropped = self.notices.dropped();
+        statistics
+    }
+}
+
+impl Drop for VirtioIommu {
+    /// A device that is gone translates nothing.
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+fn check_settings(settings: &Settings) -> Result<(), SetupError> {
+    let Settings { granule, input_range, .. } = *settings;
+    if granule.is_power_of_two() && granule <= 1 << 21 && input_range.is_aligned(granule) {
+        Ok(())
+    } else {
+        Err(SetupError::Granule { granule, input_range })
+    }
+}
+
+fn place_endpoints(
+    settings: &Settings,
+    endpoints: Vec<(EndpointId, EndpointView)>,
+    groups: &[Arc<dyn HostGroup>],
+) -> Result<BTreeMap<EndpointId, Endpoint>, SetupError> {
+    let mut group_of = BTreeMap::new();
+    for (index, group) in groups.iter().enumerate() {
+        for member in group.members() {
+            if group_of.insert(*member, index).is_some() {
+                return Err(SetupError::GroupTwice(*member));
+            }
+        }
+    }
+    let mut placed = BTreeMap::new();
+    for (id, view) in endpoints {
+        let (probe_size, regions) = (settings.probe_size, view.reported().len());
+        if regions * spec::RESV_MEM_SIZE > probe_size as usize {
+            return Err(SetupError::ProbeSize { endpoint: id, regions, probe_size });
+        }
+        if placed.contains_key(&id) {
+            return Err(SetupError::EndpointTwice(id));
+        }
+        let group = group_of.remove(&id).ok_or(SetupError::NoGroup(id))?;
+        placed.insert(id, Endpoint { view, group, domain: None });
+    }
+    match group_of.keys().next() {
+        Some(member) => Err(SetupError::UnknownMember(*member)),
+        None => Ok(placed),
+    }
+}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host's I/O page tables, behind one seam.
+//!
+//! The device decides; a host carries out. A [`HostGroup`] is what can be attached, an [`IoPageTable`] is what it
+//! can be attached to. Both are given to the device ready-made and hold whatever files they need.
+
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use crate::access::Access;
+use crate::id::EndpointId;
+use crate::memory::HostSegment;
+use crate::range::{IovaRange, RangeSet};
+
+#[cfg(any(test, feature = "test-utils"))]
+pub mod fake;
+#[cfg(feature = "iommufd")]
+pub mod iommufd;
+pub mod software;
+
+/// One IOMMU group of the host: the smallest set of devices that the host can isolate, and so the unit that is
+/// attached. No method is called under a lock that a translating thread needs.
+pub trait HostGroup: fmt::Debug + Send + Sync {
+    /// The endpoints whose devices are in the group.
+    fn members(&self) -> &[EndpointId];
+
+    /// Makes an empty page table that this group can be attached to.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says. Nothing is left behind.
+    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError>;
+
+    /// Whether this group can be attached to a table that [`new_table`](Self::new_table) of another group made,
+    /// as far as can be said beforehand.
+    fn can_share(&self, table: &dyn IoPageTable) -> bool;
+
+    /// Attaches the whole group to a table. What was attached before is replaced.
+    ///
+    /// # Errors
+    ///
+    /// The error says what the group is left with: the table it had, or none.
+    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError>;
+
+    /// Takes every device of the group off its table, so that all its DMA is refused. This cannot fail: a device
+    /// that cannot be told so has no table, or is gone.
+    fn block(&self);
+}
+
+/// One I/O address space of the host. Dropping it frees what it mapped; no group is attached to it then.
+pub trait IoPageTable: Any + fmt::Debug + Send + Sync {
+    /// Maps a range that has no address in common with any range mapped before to consecutive pieces of guest
+    /// memory of the same total length, with no more permission than asked.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::Refused`] if nothing was changed.
+    fn map(&self, iova: IovaRange, to: &[HostSegment], access: Access) -> Result<(), MapError>;
+
+    /// Removes all that is mapped in a range, and returns how many bytes that were. No mapping is ever asked to be
+    /// removed in part.
+    ///
+    /// # Errors
+    ///
+    /// The host refused; some mappings may be gone and some not.
+    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError>;
+
+    /// What can be mapped, for the groups that are attached now.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says.
+    fn constraints(&self) -> Result<Constraints, HostError>;
+
+    /// Whether no host translates by this table, so that there is nothing to map or to unmap in it.
+    fn in_software(&self) -> bool {
+        false
+    }
+}
+
+/// What a page table can map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Constraints {
+    /// The addresses that can be mapped.
+    pub usable: RangeSet,
+    /// The smallest page, in bytes: a power of two. Mappings are aligned to it.
+    pub granule: u64,
+}
+
+/// What went wrong on the host's side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostErrorKind {
+    /// A mapping lies where the host cannot map.
+    Unmappable,
+    /// A mapping is already there. The device never asks for that: its books disagree with the host's.
+    AlreadyMapped,
+    /// Memory, locked memory or table entries are exhausted.
+    NoMemory,
+    /// Guest memory could not be reached.
+    BadAddress,
+    /// The regions that the host reserves for the group overlap what the table maps.
+    ReservedConflict,
+    /// The device has not been bound to the iommufd that the table is in.
+    NotBound,
+    /// The group cannot use this table.
+    Incompatible,
+    /// The device is being reset, and stayed so.
+    Busy,
+    /// The device is gone.
+    Gone,
+    /// Anything else.
+    Other,
+}
+
+/// A host that said no: which call, to what, why.
+#[derive(Debug, thiserror::Error)]
+#[error("{action}: {}", .kind.explain())]
+pub struct HostError {
+    /// The kind of failure.
+    pub kind: HostErrorKind,
+    action: String,
+    source: Option<io::Error>,
+}
+
+impl HostError {
+    /// A failure of the named action.
+    pub fn new(kind: HostErrorKind, action: impl Into<String>, source: Option<io::Error>) -> Self {
+        Self { kind, action: action.into(), source }
+    }
+}
+
+impl HostErrorKind {
+    /// What it means and what to do about it.
+    fn explain(self) -> &'static str {
+        match self {
+            Self::Unmappable => "the host cannot map there",
+            Self::AlreadyMapped => "something is mapped there already, which is a bug of this device",
+            Self::NoMemory => "out of memory, or over the limit on locked memory (raise RLIMIT_MEMLOCK)",
+            Self::BadAddress => "guest memory cannot be reached",
+            Self::ReservedConflict => "the host reserves addresses for this group that the domain has mapped",
+            Self::NotBound => {
+                "the device is not bound to this iommufd: whoever drives it must bind it, by the same two files"
+            }
+            Self::Incompatible => "the group cannot use this page table",
+            Self::Busy => "the device is being reset",
+            Self::Gone => "the device is gone",
+            Self::Other => "the host refused",
+        }
+    }
+}
+
+/// What a group is left with after an attach that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AfterFailure {
+    /// The table that it had before.
+    PreviousTable,
+    /// None: its DMA is refused.
+    Blocked,
+}
+
+/// An attach that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct AttachError {
+    /// Why.
+    #[source]
+    pub error: HostError,
+    /// What the group is left with.
+    pub after: AfterFailure,
+}
+
+/// A map that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The table is as it was.
+    #[error("{0}")]
+    Refused(#[source] HostError),
+    /// A part of the range was mapped and could not be taken back.
+    #[error("{0}, and what was mapped of the range could not be taken back")]
+    LeftBehind(#[source] HostError),
+}
+
+/// An unmap that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}, after {gone:#x} bytes")]
+pub struct UnmapError {
+    /// Why.
+    #[source]
+    pub error: HostError,
+    /// How many bytes are known to be gone.
+    pub gone: u64,
+}
+
+impl From<MapError> for HostError {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::Refused(error) | MapError::LeftBehind(error) => error,
+        }
+    }
+}

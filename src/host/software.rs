@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Endpoints behind no host IOMMU: devices that the VMM emulates.
+//!
+//! There is no table on the host to keep in step. The device's own mappings are what such endpoints are
+//! translated by.
+
+#![forbid(unsafe_code)]
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError, UnmapError};
+use crate::access::Access;
+use crate::id::EndpointId;
+use crate::memory::HostSegment;
+use crate::range::{IovaRange, RangeSet};
+
+/// A group of emulated endpoints that the guest cannot isolate from each other; usually just one.
+#[derive(Debug)]
+pub struct SoftwareGroup {
+    members: Vec<EndpointId>,
+    granule: u64,
+}
+
+impl SoftwareGroup {
+    /// A group of these endpoints, whose mappings are multiples of `granule` bytes, a power of two.
+    pub fn new(members: Vec<EndpointId>, granule: u64) -> Self {
+        Self { members, granule }
+    }
+}
+
+impl HostGroup for SoftwareGroup {
+    fn members(&self) -> &[EndpointId] {
+        &self.members
+    }
+
+    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
+        Ok(Arc::new(SoftwareTable { granule: self.granule }))
+    }
+
+    fn can_share(&self, table: &dyn IoPageTable) -> bool {
+        let table: &dyn Any = table;
+        table.is::<SoftwareTable>()
+    }
+
+    fn attach(&self, _table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
+        Ok(())
+    }
+
+    fn block(&self) {}
+}
+
+/// Stands for the table that a host would have.
+#[derive(Debug)]
+struct SoftwareTable {
+    granule: u64,
+}
+
+impl IoPageTable for SoftwareTable {
+    fn map(&self, _iova: IovaRange, _to: &[HostSegment], _access: Access) -> Result<(), MapError> {
+        Ok(())
+    }
+
+    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+        Ok(iova.length().unwrap_or(u64::MAX))
+    }
+
+    fn constraints(&self) -> Result<Constraints, HostError> {
+        Ok(Constraints { usable: RangeSet::from(IovaRange::ALL), granule: self.granule })
+    }
+
+    fn in_software(&self) -> bool {
+        true
+    }
+}

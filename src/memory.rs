@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guest memory as the host backends need it: guest-physical address to file, offset and address in this process.
+
+use std::any::Any;
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::GuestAddress;
+
+use crate::range::IovaRange;
+
+/// The guest's RAM: regions in ascending order that do not overlap. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct GuestRam {
+    regions: Arc<[RamRegion]>,
+}
+
+/// One region of guest RAM.
+#[derive(Clone, Debug)]
+pub struct RamRegion {
+    start: GuestAddress,
+    length: u64,
+    host: Option<HostMemory>,
+}
+
+/// A piece of guest memory, and where the host finds it.
+#[derive(Clone, Debug)]
+pub struct HostSegment {
+    /// The first guest-physical address.
+    pub start: GuestAddress,
+    /// How many bytes; never zero.
+    pub length: u64,
+    /// Where the piece starts on the host; `None` for memory that only software looks at.
+    pub host: Option<HostMemory>,
+}
+
+/// A place in memory that is mapped into this process, and stays mapped as long as this value lives.
+#[derive(Clone)]
+pub struct HostMemory {
+    address: usize,
+    file: Option<FileMemory>,
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// A place in a file that can be mapped into a host page table by file instead of by address.
+#[derive(Clone, Debug)]
+pub struct FileMemory {
+    /// The file.
+    pub file: Arc<File>,
+    /// The offset in the file, in bytes.
+    pub offset: u64,
+    /// Device and inode number: what the file is, whatever descriptor leads to it.
+    identity: (u64, u64),
+    /// Whether the host pins the file's own pages, without going through an address.
+    pinnable: bool,
+}
+
+/// Guest memory that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Two regions have an address in common, a region is empty, or it passes the end of the address space.
+    #[error("the guest memory region of {length:#x} bytes at {start:#x} is empty, wraps, or overlaps another")]
+    Region {
+        /// First guest-physical address of the region.
+        start: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// The file behind a region cannot be looked at.
+    #[error("cannot examine the file behind the guest memory region at {start:#x}")]
+    File {
+        /// First guest-physical address of the region.
+        start: u64,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl GuestRam {
+    /// RAM that no host page table can map: for emulated endpoints.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::Region`]
+    pub fn in_software(ranges: &[(GuestAddress, u64)]) -> Result<Self, MemoryError> {
+        let region = |&(start, length)| RamRegion { start, length, host: None };
+        Self::from_regions(ranges.iter().map(region).collect())
+    }
+
+    fn from_regions(mut regions: Vec<RamRegion>) -> Result<Self, MemoryError> {
+        regions.sort_by_key(|region| region.start);
+        let mut free_from = 0;
+        for (index, region) in regions.iter().enumerate() {
+            let (start, length) = (region.start.0, region.length);
+            let last = length.checked_sub(1).and_then(|more| start.checked_add(more));
+            match last {
+                Some(last) if index == 0 || start > free_from => free_from = last,
+                _ => return Err(MemoryError::Region { start, length }),
+            }
+        }
+        Ok(Self { regions: regions.into() })
+    }
+
+    /// The regions, ascending.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// The pieces that make up a range of guest-physical addresses, in order; `None` unless every byte is RAM.
+    pub fn segments(&self, start: GuestAddress, length: u64) -> Option<Vec<HostSegment>> {
+        let mut segments = Vec::new();
+        self.walk(start, length, |region, offset, length| segments.push(region.segment(offset, length)))
+            .then_some(segments)
+    }
+
+    /// Whether every byte of a range of guest-physical addresses is RAM.
+    pub fn covers(&self, start: GuestAddress, length: u64) -> bool {
+        self.walk(start, length, |_, _, _| ())
+    }
+
+    /// Shows the pieces of a range, each by region, offset in it and length, until a byte is missing; whether none
+    /// was, and there was a first one.
+    fn walk(&self, start: GuestAddress, length: u64, mut piece: impl FnMut(&RamRegion, u64, u64)) -> bool {
+        let (mut at, mut left) = (start.0, length);
+        let first = self.regions.partition_point(|region| region.last() < at);
+        for region in self.regions.iter().skip(first) {
+            let Some(offset) = at.checked_sub(region.start.0).filter(|_| left != 0) else {
+                break;
+            };
+            let taken = left.min(region.length - offset);
+            piece(region, offset, taken);
+            left -= taken;
+            at = at.wrapping_add(taken);
+        }
+        left == 0 && length != 0
+    }
+
+    /// Whether both are the same RAM: the same addresses, each backed by the same memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let pairs = self.regions.iter().zip(other.regions.iter());
+        self.regions.len() == other.regions.len()
+            && pairs.into_iter().all(|(a, b)| a.whole().is_same(&b.whole()))
+    }
+}
+
+impl RamRegion {
+    /// The first guest-physical address.
+    pub const fn start(&self) -> GuestAddress {
+        self.start
+    }
+
+    /// The last guest-physical address.
+    pub const fn last(&self) -> u64 {
+        self.start.0 + (self.length - 1)
+    }
+
+    /// The region's guest-physical addresses, taken as I/O virtual ones.
+    pub fn identity(&self) -> IovaRange {
+        IovaRange::from_length(self.start.0, self.length).unwrap_or(IovaRange::ALL)
+    }
+
+    /// The whole region.
+    pub fn whole(&self) -> HostSegment {
+        self.segment(0, self.length)
+    }
+
+    fn segment(&self, offset: u64, length: u64) -> HostSegment {
+        HostSegment {
+            start: GuestAddress(self.start.0 + offset),
+            length,
+            host: self.host.as_ref().map(|host| host.at(offset)),
+        }
+    }
+}
+
+impl HostSegment {
+    /// Whether both are the same guest addresses backed by the same memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let same_host = match (&self.host, &other.host) {
+            (None, None) => true,
+            (Some(a), Some(b)) => a.is_same(b),
+            _ => false,
+        };
+        self.start == other.start && self.length == other.length && same_host
+    }
+}
+
+impl HostMemory {
+    /// The address in this process.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// The place in a file whose pages the host pins directly, if there is one: memory of tmpfs (memfd is that)
+    /// or hugetlbfs.
+    pub fn pinnable_file(&self) -> Option<&FileMemory> {
+        self.file.as_ref().filter(|file| file.pinnable)
+    }
+
+    /// What keeps the address mapped.
+    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
+        &self.owner
+    }
+
+    fn at(&self, offset: u64) -> Self {
+        let file = self.file.clone().map(|file| FileMemory { offset: file.offset + offset, ..file });
+        // The region is mapped, so every offset in it is within this process's address space.
+        Self { address: self.address + offset as usize, file, owner: Arc::clone(&self.owner) }
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        match (&self.file, &other.file) {
+            (Some(a), Some(b)) => a.identity == b.identity && a.offset == b.offset,
+            (None, None) => self.address == other.address,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostMemory").field("address", &self.address).field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "iommufd")]
+mod mapped {
+    use std::os::unix::fs::MetadataExt;
+
+    use rustix::fs::fstatfs;
+    use vm_memory::mmap::GuestRegionMmap;
+    use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+    use super::{Arc, FileMemory, GuestRam, HostMemory, MemoryError, RamRegion};
+
+    // Linux, include/uapi/linux/magic.h.
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+    impl GuestRam {
+        /// The RAM that is mapped into this process, as a VMM or a vhost-user backend has it. Every piece keeps its
+        /// mapping alive.
+        ///
+        /// # Errors
+        ///
+        /// [`MemoryError::File`] if the file behind a region cannot be looked at.
+        pub fn from_mmap<B: vm_memory::bitmap::Bitmap + Send + Sync + 'static>(
+            memory: &GuestMemoryMmap<B>,
+        ) -> Result<Self, MemoryError> {
+            let regions: Result<_, _> = memory.iter().map(RamRegion::from_mmap).collect();
+            Self::from_regions(regions?)
+        }
+    }
+
+    impl RamRegion {
+        fn from_mmap<B: vm_memory::bitmap::Bitmap + Send + Sync + 'static>(
+            region: &GuestRegionMmap<B>,
+        ) -> Result<Self, MemoryError> {
+            let start = region.start_addr();
+            let mapping = region.get_mmap();
+            let file = region
+                .file_offset()
+                .map(|file| FileMemory::new(Arc::clone(file.arc()), file.start()))
+                .transpose()
+                .map_err(|source| MemoryError::File { start: start.0, source })?;
+            let host = HostMemory { address: mapping.as_ptr().expose_provenance(), file, owner: mapping };
+            Ok(Self { start, length: region.len(), host: Some(host) })
+        }
+    }
+
+    impl FileMemory {
+        fn new(file: Arc<std::fs::File>, offset: u64) -> std::io::Result<Self> {
+            let metadata = file.metadata()?;
+            // IOMMU_IOAS_MAP_FILE takes memfds and hugetlbfs files. The kernel looks at the kind of file only when
+            // it pins, which is too late to choose another way.
+            let pinnable = matches!(fstatfs(&file)?.f_type, TMPFS_MAGIC | HUGETLBFS_MAGIC);
+            Ok(Self { file, offset, identity: (metadata.dev(), metadata.ino()), pinnable })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ram() -> GuestRam {
+        let ranges = [(GuestAddress(0x10_0000), 0x10_0000), (GuestAddress(0), 0xa_0000), (GuestAddress(0x20_0000), 0x1000)];
+        GuestRam::in_software(&ranges).unwrap()
+    }
+
+    fn pieces(start: u64, length: u64) -> Option<Vec<(u64, u64)>> {
+        let segments = ram().segments(GuestAddress(start), length)?;
+        Some(segments.iter().map(|segment| (segment.start.0, segment.length)).collect())
+    }
+
+    #[test]
+    fn a_range_is_ram_only_if_every_byte_is() {
+        assert_eq!(pieces(0x9_f000, 0x1000), Some(vec![(0x9_f000, 0x1000)]));
+        assert_eq!(pieces(0x9_f000, 0x1001), None);
+        assert_eq!(pieces(0xa_0000, 1), None);
+        assert_eq!(pieces(0xf_ffff, 2), None);
+        assert_eq!(pieces(0x1f_f000, 0x2000), Some(vec![(0x1f_f000, 0x1000), (0x20_0000, 0x1000)]));
+        assert_eq!(pieces(0x1f_f000, 0x2001), None);
+        assert_eq!(pieces(0, 0), None);
+        assert_eq!(pieces(u64::MAX, 1), None);
+        assert_eq!(pieces(0, u64::MAX), None);
+    }
+
+    #[test]
+    fn regions_that_overlap_wrap_or_are_empty_are_refused() {
+        let refused = |ranges: &[(GuestAddress, u64)]| GuestRam::in_software(ranges).is_err();
+        assert!(refused(&[(GuestAddress(0), 0x1000), (GuestAddress(0xfff), 0x1000)]));
+        assert!(refused(&[(GuestAddress(0), 0)]));
+        assert!(refused(&[(GuestAddress(u64::MAX), 2)]));
+        assert!(!refused(&[(GuestAddress(u64::MAX), 1), (GuestAddress(0), u64::MAX)]));
+    }
+
+    #[cfg(feature = "iommufd")]
+    #[test]
+    fn the_same_file_mapped_again_is_the_same_ram() {
+        use vm_memory::{FileOffset, GuestMemoryMmap};
+
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x4000).unwrap();
+        let map = |offset: u64| {
+            let file = FileOffset::new(file.try_clone().unwrap(), offset);
+            let memory = GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), 0x2000, Some(file))]).unwrap();
+            GuestRam::from_mmap(&memory).unwrap()
+        };
+        assert!(map(0).is_same(&map(0)));
+        assert!(!map(0).is_same(&map(0x1000)));
+        let segment = map(0x1000).segments(GuestAddress(0x1800), 0x10).unwrap().remove(0);
+        assert_eq!(segment.host.unwrap().file.unwrap().offset, 0x2800);
+    }
+}
