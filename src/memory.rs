@@ -140,8 +140,7 @@ impl GuestRam {
     /// Whether both are the same RAM: the same addresses, each backed by the same memory.
     pub fn is_same(&self, other: &Self) -> bool {
         let pairs = self.regions.iter().zip(other.regions.iter());
-        self.regions.len() == other.regions.len()
-            && pairs.into_iter().all(|(a, b)| a.whole().is_same(&b.whole()))
+        self.regions.len() == other.regions.len() && pairs.into_iter().all(|(a, b)| a.whole().is_same(&b.whole()))
     }
 }
 
@@ -286,7 +285,8 @@ mod tests {
     use super::*;
 
     fn ram() -> GuestRam {
-        let ranges = [(GuestAddress(0x10_0000), 0x10_0000), (GuestAddress(0), 0xa_0000), (GuestAddress(0x20_0000), 0x1000)];
+        let ranges =
+            [(GuestAddress(0x10_0000), 0x10_0000), (GuestAddress(0), 0xa_0000), (GuestAddress(0x20_0000), 0x1000)];
         GuestRam::in_software(&ranges).unwrap()
     }
 
@@ -326,7 +326,8 @@ mod tests {
         file.set_len(0x4000).unwrap();
         let map = |offset: u64| {
             let file = FileOffset::new(file.try_clone().unwrap(), offset);
-            let memory = GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), 0x2000, Some(file))]).unwrap();
+            let memory =
+                GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), 0x2000, Some(file))]).unwrap();
             GuestRam::from_mmap(&memory).unwrap()
         };
         assert!(map(0).is_same(&map(0)));

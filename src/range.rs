@@ -119,8 +119,7 @@ impl FromStr for IovaRange {
     /// Reads `START-END`, hexadecimal, both inclusive.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (start, last) = text.split_once('-').ok_or_else(|| ParseRangeError::Shape(text.to_owned()))?;
-        Self::new(parse_address(start)?, parse_address(last)?)
-            .ok_or_else(|| ParseRangeError::Inverted(text.to_owned()))
+        Self::new(parse_address(start)?, parse_address(last)?).ok_or_else(|| ParseRangeError::Inverted(text.to_owned()))
     }
 }
 

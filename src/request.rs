@@ -375,7 +375,8 @@ mod tests {
         ];
         let mut reply = vec![0xaa; 64 + 4];
         assert_eq!(write_reply(&mut reply, Status::Ok, &regions), 68);
-        let mut expected = vec![1, 0, 20, 0, 1, 0, 0, 0, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0, 0xff, 0xff, 0xef, 0xfe, 0, 0, 0, 0];
+        let mut expected =
+            vec![1, 0, 20, 0, 1, 0, 0, 0, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0, 0xff, 0xff, 0xef, 0xfe, 0, 0, 0, 0];
         expected.extend([1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xfd, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0]);
         expected.resize(68, 0);
         assert_eq!(reply, expected);

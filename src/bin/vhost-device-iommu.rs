@@ -1,1 +1,32 @@
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The vhost-user daemon: arguments in, exit code out.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Parser;
+use log::{LevelFilter, error};
+use virtio_iommu::vhost_user::{Arguments, serve};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    env_logger::Builder::new()
+        .filter_level(arguments.log_level)
+        // What it logs is the guest's doing, line by line; the device counts it and says what matters.
+        .filter_module("virtio_queue", LevelFilter::Off)
+        .init();
+    match serve(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let mut text = failure.to_string();
+            let mut cause = failure.source();
+            while let Some(next) = cause {
+                text = format!("{text}: {next}");
+                cause = next.source();
+            }
+            error!("{text}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

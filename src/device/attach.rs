@@ -78,9 +78,8 @@ impl VirtioIommu {
             Some(existing) if existing.is_bypass() != bypass => return Err(Status::Invalid),
             Some(existing) => {
                 let refused = self.endpoints.get(&id).map(|endpoint| endpoint.view.refused());
-                let conflict = existing.space().zip(refused).and_then(|(space, refused)| {
-                    space.mappings.overlapping_any(refused)
-                });
+                let conflict =
+                    existing.space().zip(refused).and_then(|(space, refused)| space.mappings.overlapping_any(refused));
                 // 5.13.6.3.2: if the properties of the endpoint are not compatible "the device SHOULD reject the
                 // request and set status to VIRTIO_IOMMU_S_UNSUPP".
                 if conflict.is_some() {
@@ -232,12 +231,7 @@ impl VirtioIommu {
         })
     }
 
-    fn attach_group(
-        &mut self,
-        group: usize,
-        domain: DomainId,
-        table: Arc<dyn IoPageTable>,
-    ) -> Result<(), Status> {
+    fn attach_group(&mut self, group: usize, domain: DomainId, table: Arc<dyn IoPageTable>) -> Result<(), Status> {
         if let Err(failure) = self.group(group).host.attach(&table) {
             if failure.after == AfterFailure::Blocked {
                 self.group_mut(group).table = GroupTable::Blocked;

@@ -72,9 +72,7 @@ impl VirtioIommu {
             .flat_map(|view| view.reported())
             .filter(|region| region.kind == ReservedKind::Reserved)
             .map(|region| region.range);
-        reserved.find_map(|range| {
-            self.ram.regions().iter().find_map(|region| region.identity().intersection(range))
-        })
+        reserved.find_map(|range| self.ram.regions().iter().find_map(|region| region.identity().intersection(range)))
     }
 
     pub(super) fn drop_unused_bypass_tables(&mut self) {

@@ -196,9 +196,11 @@ impl VirtioIommu {
         let mut groups: Vec<usize> = Vec::new();
         for (index, group) in self.groups.iter_mut().enumerate() {
             let was_poisoned = matches!(group.table, GroupTable::Blocked)
-                && group.host.members().iter().any(|id| {
-                    self.endpoints.get(id).is_some_and(|endpoint| endpoint.domain == Some(domain))
-                });
+                && group
+                    .host
+                    .members()
+                    .iter()
+                    .any(|id| self.endpoints.get(id).is_some_and(|endpoint| endpoint.domain == Some(domain)));
             if group.is_on(domain) || was_poisoned {
                 group.block();
                 groups.push(index);

@@ -288,7 +288,8 @@ mod protocol {
     fn probe_answers_with_the_regions_and_zeroes() {
         let mut machine = Machine::new(Flavour::Iommufd);
         let reply = machine.send(&probe_bytes(LONE), 68);
-        let mut expected = vec![1, 0, 20, 0, 1, 0, 0, 0, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0, 0xff, 0xff, 0xef, 0xfe, 0, 0, 0, 0];
+        let mut expected =
+            vec![1, 0, 20, 0, 1, 0, 0, 0, 0, 0, 0xe0, 0xfe, 0, 0, 0, 0, 0xff, 0xff, 0xef, 0xfe, 0, 0, 0, 0];
         expected.resize(64, 0);
         assert_eq!(reply, Reply { status: OK, used: 68, body: expected });
     }
@@ -326,9 +327,8 @@ mod protocol {
 
     #[test]
     fn endpoints_groups_and_settings_must_fit_each_other() {
-        let group = |members: &[EndpointId]| -> Arc<dyn HostGroup> {
-            Arc::new(SoftwareGroup::new(members.to_vec(), 0x1000))
-        };
+        let group =
+            |members: &[EndpointId]| -> Arc<dyn HostGroup> { Arc::new(SoftwareGroup::new(members.to_vec(), 0x1000)) };
         let view = || EndpointView::default();
         let new = |endpoints: &[EndpointId], groups: Vec<Arc<dyn HostGroup>>| {
             let endpoints = endpoints.iter().map(|id| (*id, view())).collect();
@@ -615,7 +615,9 @@ mod mapping {
     #[test]
     fn misaligned_map_should_be_range() {
         let mut machine = attached();
-        for (iova, physical) in [("1001-2000", 0), ("1000-1ffe", 0), ("1000-2000", 0), ("1000-1fff", 1), ("1000-1fff", 0x800)] {
+        for (iova, physical) in
+            [("1001-2000", 0), ("1000-1ffe", 0), ("1000-2000", 0), ("1000-1fff", 1), ("1000-1fff", 0x800)]
+        {
             assert_eq!(machine.map(1, iova, physical, READ), RANGE, "{iova} {physical:#x}");
         }
     }

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Facts as JSON: what `viommuctl inspect` writes and the daemon reads.
+
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use super::{HostFacts, HostRegion};
+use crate::id::EndpointId;
+use crate::range::{IovaRange, RangeSet, parse_address};
+
+/// A file of facts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FactsFile {
+    /// What is known of each device.
+    pub devices: Vec<(EndpointId, HostFacts)>,
+}
+
+/// A file of facts that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FactsError {
+    /// The file cannot be read or written.
+    #[error("cannot access {}", .path.display())]
+    Access {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What is in it is no list of facts.
+    #[error("{} is not a file of facts", .path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        source: serde_json::Error,
+    },
+    /// A device is described twice.
+    #[error("{} describes {id} twice", .path.display())]
+    Twice {
+        /// The file.
+        path: PathBuf,
+        /// The device.
+        id: EndpointId,
+    },
+}
+
+impl FactsFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// [`FactsError`]
+    pub fn read(path: &Path) -> Result<Self, FactsError> {
+        let text = fs::read_to_string(path).map_err(|source| FactsError::Access { path: path.to_owned(), source })?;
+        let file = Self::from_json(&text).map_err(|source| FactsError::Format { path: path.to_owned(), source })?;
+        for (index, (id, _)) in file.devices.iter().enumerate() {
+            if file.devices.iter().take(index).any(|(other, _)| other == id) {
+                return Err(FactsError::Twice { path: path.to_owned(), id: *id });
+            }
+        }
+        Ok(file)
+    }
+
+    /// Writes a file, in place of one that is there.
+    ///
+    /// # Errors
+    ///
+    /// [`FactsError::Access`]
+    pub fn write(&self, path: &Path) -> Result<(), FactsError> {
+        fs::write(path, self.to_json()).map_err(|source| FactsError::Access { path: path.to_owned(), source })
+    }
+
+    /// What is known of a device.
+    pub fn get(&self, id: EndpointId) -> Option<&HostFacts> {
+        self.devices.iter().find(|(device, _)| *device == id).map(|(_, facts)| facts)
+    }
+
+    fn from_json(text: &str) -> Result<Self, serde_json::Error> {
+        let document: Document = serde_json::from_str(text)?;
+        Ok(Self { devices: document.endpoints.into_iter().map(|device| (device.id.0, device.facts.into())).collect() })
+    }
+
+    /// The file's text.
+    pub fn to_json(&self) -> String {
+        let device = |(id, facts): &(EndpointId, HostFacts)| Device { id: Text(*id), facts: facts.into() };
+        let document = Document { policy: None, endpoints: self.devices.iter().map(device).collect() };
+        // Strings and lists of strings only: nothing that JSON cannot say.
+        let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
+        text.push('\n');
+        text
+    }
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    /// Chosen elsewhere; a plan's input may carry it.
+    #[serde(default, skip_serializing)]
+    #[expect(dead_code, reason = "accepted and not looked at")]
+    policy: Option<IgnoredAny>,
+    endpoints: Vec<Device>,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct Device {
+    id: Text<EndpointId>,
+    facts: Facts,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+#[derive(Default)]
+struct Facts {
+    kernel: Option<String>,
+    driver: Option<String>,
+    reserved_regions: Option<Vec<Text<HostRegion>>>,
+    usable: Option<Vec<Pair>>,
+    aperture: Option<Pair>,
+    // Evidence about host bridges. It changes nothing of what is reported: windows never are.
+    #[serde(skip_serializing)]
+    windows: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    bars: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    inbound: Option<IgnoredAny>,
+    #[serde(skip_serializing)]
+    acs_isolated: Option<IgnoredAny>,
+}
+
+impl From<Facts> for HostFacts {
+    fn from(facts: Facts) -> Self {
+        Self {
+            kernel: facts.kernel,
+            driver: facts.driver,
+            reserved_regions: facts
+                .reserved_regions
+                .map(|regions| regions.into_iter().map(|region| region.0).collect()),
+            usable: facts.usable.map(|ranges| ranges.into_iter().map(|range| range.0).collect()),
+            aperture: facts.aperture.map(|range| range.0),
+        }
+    }
+}
+
+impl From<&HostFacts> for Facts {
+    fn from(facts: &HostFacts) -> Self {
+        let ranges = |set: &RangeSet| set.ranges().iter().copied().map(Pair).collect();
+        Self {
+            kernel: facts.kernel.clone(),
+            driver: facts.driver.clone(),
+            reserved_regions: facts.reserved_regions.as_ref().map(|list| list.iter().cloned().map(Text).collect()),
+            usable: facts.usable.as_ref().map(ranges),
+            aperture: facts.aperture.map(Pair),
+            ..Self::default()
+        }
+    }
+}
+
+/// A value that is written as text.
+#[derive(Deserialize, Serialize)]
+#[serde(
+    try_from = "String",
+    into = "String",
+    bound = "T: Clone + std::fmt::Display + std::str::FromStr, T::Err: std::error::Error"
+)]
+#[derive(Clone)]
+struct Text<T>(T);
+
+impl<T> TryFrom<String> for Text<T>
+where
+    T: std::str::FromStr,
+    T::Err: std::error::Error,
+{
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|error: T::Err| match error.source() {
+            Some(cause) => format!("{error}: {cause}"),
+            None => error.to_string(),
+        })
+    }
+}
+
+impl<T: std::fmt::Display> From<Text<T>> for String {
+    fn from(value: Text<T>) -> Self {
+        value.0.to_string()
+    }
+}
+
+/// A range, as two hexadecimal addresses, both inclusive.
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(try_from = "[String; 2]", into = "[String; 2]")]
+struct Pair(IovaRange);
+
+impl TryFrom<[String; 2]> for Pair {
+    type Error = String;
+
+    fn try_from([start, last]: [String; 2]) -> Result<Self, String> {
+        let address = |text: &str| parse_address(text).map_err(|error| error.to_string());
+        let range = IovaRange::new(address(&start)?, address(&last)?);
+        range.map(Self).ok_or_else(|| format!("the range {start} to {last} ends before it starts"))
+    }
+}
+
+impl From<Pair> for [String; 2] {
+    fn from(pair: Pair) -> Self {
+        [pair.0.start(), pair.0.last()].map(|address| format!("{address:#x}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAN_INPUT: &str = r#"{ "policy": { "relaxable": "ignore" },
+      "endpoints": [ { "id": "0000:00:03.0",
+        "facts": { "kernel": "6.12", "driver": "intel-vtd",
+          "reserved_regions": ["0x00000000fee00000 0x00000000feefffff msi"],
+          "usable": [["0x0", "0xfedfffff"], ["0xfef00000", "0xffffffffffff"]],
+          "aperture": null, "windows": [["0x80000000", "0xdfffffff"]], "bars": [],
+          "inbound": null, "acs_isolated": null } } ] }"#;
+
+    #[test]
+    fn facts_survive_a_round_trip() {
+        let file = FactsFile::from_json(PLAN_INPUT).unwrap();
+        let facts = file.get(EndpointId(0x18)).unwrap();
+        assert_eq!(facts.usable.as_ref().unwrap().to_string(), "0x0-0xfedfffff, 0xfef00000-0xffffffffffff");
+        assert_eq!(facts.reserved_regions.as_ref().unwrap().len(), 1);
+        assert_eq!(FactsFile::from_json(&file.to_json()).unwrap(), file);
+    }
+
+    #[test]
+    fn host_bridge_windows_in_the_facts_are_not_reported() {
+        use crate::reserved::policy::{Policy, X86_MSI, plan};
+
+        let file = FactsFile::from_json(PLAN_INPUT).unwrap();
+        let policy = Policy { input_range: None, guest_msi: Some(X86_MSI) };
+        let plan = plan(&policy, &file.devices).unwrap();
+        let ranges: Vec<_> = plan.views[0].reported().iter().map(|region| region.range).collect();
+        assert_eq!(ranges, [X86_MSI]);
+    }
+
+    #[test]
+    fn a_bad_file_is_refused_with_line_and_reason() {
+        for (from, to, reason) in [
+            ("\"0xfedfffff\"", "\"fish\"", "`fish` is not a hexadecimal address"),
+            ("\"usable\"", "\"useable\"", "unknown field `useable`"),
+            ("feefffff msi", "feefffff", "is not `START END TYPE`"),
+            ("0000:00:03.0", "03", "`03` is not a PCI address"),
+            ("[\"0x0\", \"0xfedfffff\"]", "[\"0x2\", \"0x1\"]", "ends before it starts"),
+        ] {
+            let error = FactsFile::from_json(&PLAN_INPUT.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(reason) && error.contains("line "), "{error}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("facts.json");
+        fs::write(&path, r#"{"endpoints":[{"id":"00:03.0","facts":{}},{"id":"0000:00:03.0","facts":{}}]}"#).unwrap();
+        assert!(matches!(FactsFile::read(&path), Err(FactsError::Twice { .. })));
+    }
+}

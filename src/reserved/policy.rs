@@ -168,7 +168,8 @@ mod tests {
     fn facts(lines: &[&str], usable: &[&str]) -> HostFacts {
         HostFacts {
             reserved_regions: Some(lines.iter().map(|line| line.parse().unwrap()).collect()),
-            usable: (!usable.is_empty()).then(|| usable.iter().map(|range| range.parse::<IovaRange>().unwrap()).collect()),
+            usable: (!usable.is_empty())
+                .then(|| usable.iter().map(|range| range.parse::<IovaRange>().unwrap()).collect()),
             ..HostFacts::default()
         }
     }
@@ -215,8 +216,7 @@ mod tests {
         let facts = facts(&["0x08000000 0x080fffff msi"], &["0-7ffffff", "8100000-ffffffffffff"]);
         let policy = Policy { input_range: None, guest_msi: Some("8090000-809ffff".parse().unwrap()) };
         let plan = plan(&policy, &[(ENDPOINT, facts)]).unwrap();
-        let expected =
-            ["0x8000000-0x808ffff Reserved", "0x8090000-0x809ffff Msi", "0x80a0000-0x80fffff Reserved"];
+        let expected = ["0x8000000-0x808ffff Reserved", "0x8090000-0x809ffff Msi", "0x80a0000-0x80fffff Reserved"];
         assert_eq!(reported(&plan.views[0]), expected);
     }
 

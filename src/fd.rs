@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Files that were opened by somebody else and passed to this process by number.
+
+// Adopting a passed descriptor.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use rustix::fs::{FileType, fstat, major, minor};
+use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
+
+/// What a passed file should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// `/dev/iommu`
+    Iommufd,
+    /// `/dev/vfio/devices/vfioN`
+    VfioDevice,
+}
+
+impl FileKind {
+    /// Whether this is the name of such a device node, below `/dev`.
+    fn matches(self, node: &str) -> bool {
+        match self {
+            Self::Iommufd => node == "iommu",
+            Self::VfioDevice => node.starts_with("vfio/devices/"),
+        }
+    }
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Iommufd => "/dev/iommu",
+            Self::VfioDevice => "/dev/vfio/devices/vfioN",
+        })
+    }
+}
+
+/// A file that was adopted.
+#[derive(Debug)]
+pub struct Adopted {
+    /// The file.
+    pub file: OwnedFd,
+    /// The name of its device node below `/dev`, such as `vfio/devices/vfio0`.
+    pub node: String,
+    /// Where sysfs describes the device.
+    pub sysfs: PathBuf,
+}
+
+/// A number that is no usable file.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// Standard input, output and error are not passed for this.
+    #[error("fd {0} is standard input, output or error: pass {1} by a number above 2")]
+    Standard(RawFd, FileKind),
+    /// Nothing is open there.
+    #[error("fd {number} is not open: open {kind} and let this process inherit it")]
+    NotOpen {
+        /// The number.
+        number: RawFd,
+        /// What was expected.
+        kind: FileKind,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// It was adopted before, or opened by this process.
+    #[error("fd {0} is given twice, or was not inherited")]
+    NotInherited(RawFd),
+    /// It is something else.
+    #[error("fd {number} is {found}, not {kind}")]
+    WrongKind {
+        /// The number.
+        number: RawFd,
+        /// What it is.
+        found: String,
+        /// What was expected.
+        kind: FileKind,
+    },
+}
+
+/// One at a time: between looking at a descriptor's flag and setting it.
+static ADOPTING: Mutex<()> = Mutex::new(());
+
+/// Takes over a file that this process inherited, once, after making sure that it is what it should be.
+///
+/// # Errors
+///
+/// [`AdoptError`]; the file is left alone.
+pub fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
+    if number <= 2 {
+        return Err(AdoptError::Standard(number, kind));
+    }
+    let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // SAFETY: nothing but the number is used: if it is not open, or the kernel has it closed meanwhile, the calls below
+    // fail with EBADF.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    let not_open = |errno: Errno| AdoptError::NotOpen { number, kind, source: errno.into() };
+    // A file that came through exec has the flag cleared; every file that Rust code opens, and every one that was
+    // adopted, has it set. So nobody in this process owns what passes here.
+    if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
+        return Err(AdoptError::NotInherited(number));
+    }
+    let (node, sysfs) = device_node(borrowed).map_err(|found| AdoptError::WrongKind { number, found, kind })?;
+    if !kind.matches(&node) {
+        return Err(AdoptError::WrongKind { number, found: format!("/dev/{node}"), kind });
+    }
+    fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
+    // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
+    // keeps it from being adopted again.
+    let file = unsafe { OwnedFd::from_raw_fd(number) };
+    Ok(Adopted { file, node, sysfs })
+}
+
+/// The name of a character device's node below `/dev` and its place in sysfs; for anything else, what it is.
+fn device_node(file: BorrowedFd<'_>) -> Result<(String, PathBuf), String> {
+    let stat = fstat(file.as_fd()).map_err(|errno| errno.to_string())?;
+    let file_type = FileType::from_raw_mode(stat.st_mode);
+    if file_type != FileType::CharacterDevice {
+        return Err(format!("a {}", describe(file_type)));
+    }
+    let number = format!("{}:{}", major(stat.st_rdev), minor(stat.st_rdev));
+    let sysfs = PathBuf::from(format!("/sys/dev/char/{number}"));
+    let uevent = fs::read_to_string(sysfs.join("uevent"))
+        .map_err(|error| format!("character device {number}, of which sysfs says nothing ({error})"))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = name.ok_or_else(|| format!("character device {number}, which has no name in sysfs"))?;
+    Ok((name.to_owned(), sysfs))
+}
+
+fn describe(file_type: FileType) -> &'static str {
+    match file_type {
+        FileType::RegularFile => "regular file",
+        FileType::Directory => "directory",
+        FileType::Symlink => "symbolic link",
+        FileType::Fifo => "pipe",
+        FileType::Socket => "socket",
+        FileType::BlockDevice => "block device",
+        _ => "file without a device",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    use super::*;
+
+    /// A file as exec would leave it.
+    fn inherited(path: &str) -> RawFd {
+        let file = File::open(path).unwrap();
+        fcntl_setfd(&file, FdFlags::empty()).unwrap();
+        file.into_raw_fd()
+    }
+
+    #[test]
+    fn what_is_not_the_right_file_is_named() {
+        let text = |number| adopt(number, FileKind::Iommufd).unwrap_err().to_string();
+        assert!(text(0).contains("standard input"));
+        assert!(text(1_000_000).contains("not open"));
+        assert!(text(inherited("/")).contains("is a directory, not /dev/iommu"));
+        assert!(text(inherited("/dev/null")).contains("is /dev/null, not /dev/iommu"));
+    }
+
+    #[test]
+    fn a_file_of_this_process_is_not_adopted() {
+        let file = File::open("/dev/null").unwrap();
+        let error = adopt(file.as_raw_fd(), FileKind::VfioDevice).unwrap_err();
+        assert!(matches!(error, AdoptError::NotInherited(_)));
+    }
+
+    #[test]
+    fn nodes_are_told_apart_by_name() {
+        assert!(FileKind::Iommufd.matches("iommu") && !FileKind::Iommufd.matches("iommu0"));
+        assert!(FileKind::VfioDevice.matches("vfio/devices/vfio3") && !FileKind::VfioDevice.matches("vfio/vfio"));
+    }
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Looking at a device of the host before a guest gets it.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::host::HostError;
+use crate::host::IoPageTable;
+use crate::host::iommufd::{Iommufd, VfioDevice};
+use crate::id::PciAddress;
+use crate::range::RangeSet;
+use crate::reserved::HostFacts;
+use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
+
+/// What was found of a device.
+#[derive(Debug)]
+pub struct Inspection {
+    /// Its IOMMU group.
+    pub group: IommuGroup,
+    /// What the host shows of the group.
+    pub facts: HostFacts,
+    /// Why the usable addresses could not be found out, if so.
+    pub usable_unknown: Option<UsableError>,
+}
+
+/// Why the addresses that a group can use are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum UsableError {
+    /// The device has no VFIO device file.
+    #[error("it is not bound to vfio-pci, or the kernel has no VFIO device files (CONFIG_VFIO_DEVICE_CDEV)")]
+    NoVfioDevice,
+    /// A file cannot be opened.
+    #[error("cannot open {}", .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host refused.
+    #[error("the device is in use, or the host refuses it")]
+    Host(#[from] HostError),
+}
+
+/// Gathers what the host shows of a device's group. A device that is bound to VFIO and idle is attached to an empty
+/// address space of its own for a moment, to see which addresses can be used.
+///
+/// # Errors
+///
+/// [`SysfsError`]
+pub fn inspect(sysfs: &Sysfs, address: PciAddress) -> Result<Inspection, SysfsError> {
+    let group = sysfs.group(address)?;
+    let mut facts = sysfs.facts(address)?;
+    facts.kernel = Some(rustix::system::uname().release().to_string_lossy().into_owned());
+    let usable_unknown = match sysfs.vfio_node(address)? {
+        None => Some(UsableError::NoVfioDevice),
+        Some(node) => match usable(&Path::new("/dev/vfio/devices").join(node), address) {
+            Ok(usable) => {
+                facts.usable = Some(usable);
+                None
+            }
+            Err(error) => Some(error),
+        },
+    };
+    Ok(Inspection { group, facts, usable_unknown })
+}
+
+/// The addresses that a device can use, from an address space made for that question.
+fn usable(node: &Path, address: PciAddress) -> Result<RangeSet, UsableError> {
+    let open = |path: &Path| {
+        let file = File::options().read(true).write(true).open(path);
+        file.map_err(|source| UsableError::Open { path: path.to_owned(), source })
+    };
+    let iommufd = Arc::new(Iommufd::new(open(Path::new("/dev/iommu"))?.into()));
+    let device = VfioDevice::new(open(node)?.into(), address.to_string());
+    device.bind(&iommufd)?;
+    let ioas = iommufd.new_ioas()?;
+    device.attach(&ioas)?;
+    let constraints = ioas.constraints();
+    device.detach();
+    Ok(constraints?.usable)
+}

@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The two virtqueues: requests in, events out.
+//!
+//! Both functions work on any [`QueueT`] over any guest memory, in bounded work, and say whether the driver is to be
+//! notified. A queue that the driver has broken is an error: nothing more can be said on it until it is set up again.
+
+#![forbid(unsafe_code)]
+
+use std::num::Wrapping;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{DescriptorChain, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
+
+use crate::device::VirtioIommu;
+use crate::spec;
+
+/// The largest device-writable part that is answered. No reply needs more than `probe_size` and a status; a larger
+/// buffer is returned unwritten, so that a guest cannot make the device clear gigabytes.
+pub const LARGEST_REPLY: usize = 64 << 10;
+
+/// The flag in an available ring that asks for no interrupts (2.7.6).
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// What a batch of requests came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// How many descriptor chains were returned.
+    pub handled: usize,
+    /// The budget was used up: there may be more, for which the driver will not kick again.
+    pub more: bool,
+    /// The driver is to be notified.
+    pub notify: bool,
+}
+
+/// A queue that breaks the rules, or is not in guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// More buffers are available than the queue can have.
+    #[error("the driver made {available} buffers available in a queue of {size}")]
+    TooManyAvailable {
+        /// How many more than were taken.
+        available: u16,
+        /// The size of the queue.
+        size: u16,
+    },
+    /// An available buffer cannot be taken.
+    #[error("the next available buffer cannot be read")]
+    Unreadable,
+    /// The rings are not where they were.
+    #[error("a ring cannot be accessed")]
+    Ring(#[from] virtio_queue::Error),
+}
+
+/// Handles requests until none is available, or `budget` of them have been returned.
+///
+/// # Errors
+///
+/// [`QueueError`]: the queue cannot be used further. What was taken before has been answered.
+pub fn process_requests<Q: QueueT, M: GuestMemory>(
+    device: &mut VirtioIommu,
+    queue: &mut Q,
+    memory: &M,
+    budget: usize,
+) -> Result<Batch, QueueError> {
+    let mut batch = Batch::default();
+    let mut reply = Vec::new();
+    let mut rounds = 0;
+    queue.disable_notification(memory)?;
+    'kicks: loop {
+        // A driver that moves its index to and fro gets as many rounds as one that sends requests.
+        rounds += 1;
+        while available(queue, memory)? > 0 {
+            if batch.handled == budget || rounds > budget {
+                batch.more = true;
+                break 'kicks;
+            }
+            let chain = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
+            let head = chain.head_index();
+            let used = handle_chain(device, &chain, memory, &mut reply);
+            queue.add_used(memory, head, used)?;
+            batch.handled += 1;
+        }
+        if !queue.enable_notification(memory)? {
+            break;
+        }
+        queue.disable_notification(memory)?;
+    }
+    batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
+    Ok(batch)
+}
+
+/// Gives the guest the fault events that wait, as far as it has provided buffers. Whether it is to be notified.
+///
+/// Linux provides its buffers without a kick: call this whenever there are faults.
+///
+/// # Errors
+///
+/// [`QueueError`]: the queue cannot be used further.
+pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
+    device: &mut VirtioIommu,
+    queue: &mut Q,
+    memory: &M,
+) -> Result<bool, QueueError> {
+    let mut delivered = false;
+    while device.has_faults() && available(queue, memory)? > 0 {
+        let chain = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
+        let head = chain.head_index();
+        // 5.13.6.8.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
+        // describe it." One that is too small goes back unwritten.
+        let mut used = 0;
+        if writable_length(&chain).is_some_and(|length| length >= spec::fault::SIZE) {
+            if let Some(fault) = device.next_fault() {
+                used = write(&chain, memory, &fault.to_bytes()).unwrap_or(0);
+            }
+        }
+        queue.add_used(memory, head, used)?;
+        delivered = true;
+    }
+    Ok(delivered && wants_notification(queue, memory)?)
+}
+
+/// How many buffers the driver has made available that were not taken.
+fn available<Q: QueueT, M: GuestMemory>(queue: &Q, memory: &M) -> Result<u16, QueueError> {
+    let available = (queue.avail_idx(memory, Ordering::Acquire)? - Wrapping(queue.next_avail())).0;
+    let size = queue.size();
+    // 2.7.13.3: an index that runs ahead of the queue's size means nothing.
+    if available > size {
+        return Err(QueueError::TooManyAvailable { available, size });
+    }
+    Ok(available)
+}
+
+fn wants_notification<Q: QueueT, M: GuestMemory>(queue: &mut Q, memory: &M) -> Result<bool, QueueError> {
+    // The queue counts what it returned since it was last asked.
+    let wanted = queue.needs_notification(memory)?;
+    if queue.event_idx_enabled() {
+        return Ok(wanted);
+    }
+    let flags: u16 =
+        memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+    Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
+}
+
+/// Handles one request; the used length. Every part of it is read once.
+fn handle_chain<M: GuestMemory>(
+    device: &mut VirtioIommu,
+    chain: &DescriptorChain<&M>,
+    memory: &M,
+    reply: &mut Vec<u8>,
+) -> u32 {
+    let mut request = [0; spec::LARGEST_REQUEST];
+    let readable = read(chain, memory, &mut request);
+    let (Some(readable), Some(length)) = (readable, writable_length(chain)) else {
+        return 0;
+    };
+    reply.clear();
+    reply.resize(length, 0);
+    let used = device.handle(readable, reply);
+    // A reply that cannot be written is lost; what it answers has been done.
+    reply.get(..used).and_then(|reply| write(chain, memory, reply)).unwrap_or(0)
+}
+
+/// Reads as much of the device-readable part as any request has; `None` if it is not all in guest memory.
+fn read<'a, M: GuestMemory>(
+    chain: &DescriptorChain<&M>,
+    memory: &M,
+    buffer: &'a mut [u8; spec::LARGEST_REQUEST],
+) -> Option<&'a [u8]> {
+    let mut filled = 0;
+    for descriptor in chain.clone().readable() {
+        let free = buffer.get_mut(filled..)?;
+        let length = free.len().min(descriptor.len() as usize);
+        memory.read_slice(free.get_mut(..length)?, descriptor.addr()).ok()?;
+        filled += length;
+    }
+    buffer.get(..filled)
+}
+
+/// The length of the device-writable part; `None` if it is larger than any reply.
+fn writable_length<M: GuestMemory>(chain: &DescriptorChain<&M>) -> Option<usize> {
+    let mut length = 0usize;
+    for descriptor in chain.clone().writable() {
+        length = length.checked_add(descriptor.len() as usize).filter(|length| *length <= LARGEST_REPLY)?;
+    }
+    Some(length)
+}
+
+/// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
+fn write<M: GuestMemory>(chain: &DescriptorChain<&M>, memory: &M, bytes: &[u8]) -> Option<u32> {
+    let mut left = bytes;
+    for descriptor in chain.clone().writable() {
+        let (now, later) = left.split_at(left.len().min(descriptor.len() as usize));
+        memory.write_slice(now, descriptor.addr()).ok()?;
+        left = later;
+    }
+    u32::try_from(bytes.len() - left.len()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use virtio_queue::Queue;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+    use crate::device::Settings;
+    use crate::host::fake::{Failure, FakeHost, Flavour};
+    use crate::host::{HostErrorKind, HostGroup};
+    use crate::id::EndpointId;
+    use crate::memory::GuestRam;
+    use crate::range::{IovaRange, RangeSet};
+    use crate::reserved::EndpointView;
+
+    const SIZE: u16 = 16;
+    const REQUESTS: u64 = 0x1_0000;
+    const REPLIES: u64 = 0x2_0000;
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+
+    type Memory = GuestMemoryMmap<()>;
+
+    fn memory() -> Memory {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        memory.write_slice(&[0xaa; 0x1000], GuestAddress(REPLIES)).unwrap();
+        memory
+    }
+
+    fn device() -> (FakeHost, VirtioIommu) {
+        let host = FakeHost::new(Flavour::Iommufd);
+        let input_range = IovaRange::new(0, 0xffff_ffff).unwrap();
+        let group: Arc<dyn HostGroup> = host.group(&[EndpointId(8)], RangeSet::from(IovaRange::ALL));
+        let endpoints = vec![(EndpointId(8), EndpointView::default())];
+        let mut device = VirtioIommu::new(Settings::new(input_range, 0x1000), endpoints, vec![group]).unwrap();
+        device.set_driver_features(device.features());
+        device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 0x10_0000)]).unwrap());
+        (host, device)
+    }
+
+    fn attach_bytes(endpoint: u32) -> Vec<u8> {
+        [1u32, 1, endpoint, 0, 0].iter().flat_map(|field| field.to_le_bytes()).collect()
+    }
+
+    fn map_bytes() -> Vec<u8> {
+        let mut bytes: Vec<u8> = [3u32, 1].iter().flat_map(|field| field.to_le_bytes()).collect();
+        bytes.extend([0x5000u64, 0x5fff, 0x1000].iter().flat_map(|field| field.to_le_bytes()));
+        bytes.extend(1u32.to_le_bytes());
+        bytes
+    }
+
+    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
+        RawDescriptor::from(Descriptor::new(address, length, flags, next))
+    }
+
+    /// Request `index` in two descriptors, at its own place in memory.
+    fn request(memory: &Memory, index: u16, bytes: &[u8], writable: u32) -> [RawDescriptor; 2] {
+        let offset = u64::from(index) * 0x100;
+        memory.write_slice(bytes, GuestAddress(REQUESTS + offset)).unwrap();
+        [
+            descriptor(REQUESTS + offset, bytes.len() as u32, NEXT, index * 2 + 1),
+            descriptor(REPLIES + offset, writable, WRITE, 0),
+        ]
+    }
+
+    fn reply(memory: &Memory, index: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        memory.read_slice(&mut bytes, GuestAddress(REPLIES + index * 0x100)).unwrap();
+        bytes
+    }
+
+    fn used(mock: &MockSplitQueue<'_, Memory>) -> Vec<(u32, u32)> {
+        let count = mock.used().idx().load();
+        (0..count)
+            .map(|at| mock.used().ring().ref_at(usize::from(at)).unwrap().load())
+            .map(|e| (e.id(), e.len()))
+            .collect()
+    }
+
+    #[test]
+    fn a_batch_is_answered_in_order_with_one_notification() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let mut descriptors = Vec::new();
+        for (index, bytes) in [attach_bytes(8), attach_bytes(9), map_bytes()].iter().enumerate() {
+            descriptors.extend(request(&memory, index as u16, bytes, 4));
+        }
+        mock.build_multiple_desc_chains(&descriptors).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(batch, Batch { handled: 3, more: false, notify: true });
+        assert_eq!(used(&mock), [(0, 4), (2, 4), (4, 4)]);
+        let statuses: Vec<u8> = (0..3).map(|index| reply(&memory, index, 4)[0]).collect();
+        assert_eq!(statuses, [0, 6, 0]);
+        let again = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(again, Batch::default(), "nothing is left, and nobody is notified");
+    }
+
+    #[test]
+    fn a_driver_that_wants_no_interrupt_gets_none() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        mock.build_multiple_desc_chains(&request(&memory, 0, &attach_bytes(8), 4)).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        memory.write_obj(AVAIL_F_NO_INTERRUPT.to_le(), mock.avail_addr()).unwrap();
+        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(batch, Batch { handled: 1, more: false, notify: false });
+    }
+
+    #[test]
+    fn the_budget_bounds_a_batch() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let descriptors: Vec<_> = (0..5).flat_map(|index| request(&memory, index, &attach_bytes(8), 4)).collect();
+        mock.build_multiple_desc_chains(&descriptors).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        for (handled, more) in [(2, true), (2, true), (1, false)] {
+            let batch = process_requests(&mut device, &mut queue, &memory, 2).unwrap();
+            assert_eq!((batch.handled, batch.more), (handled, more));
+        }
+    }
+
+    #[test]
+    fn a_request_split_at_every_byte_is_read_whole() {
+        let bytes = attach_bytes(8);
+        for at in 1..bytes.len() as u32 {
+            for cut in 0..=4 {
+                let memory = memory();
+                let (_host, mut device) = device();
+                let mock = MockSplitQueue::new(&memory, SIZE);
+                memory.write_slice(&bytes, GuestAddress(REQUESTS)).unwrap();
+                let rest = bytes.len() as u32 - at;
+                let chain = [
+                    descriptor(REQUESTS, at, NEXT, 1),
+                    descriptor(REQUESTS + u64::from(at), rest, NEXT, 2),
+                    descriptor(REPLIES, cut, NEXT | WRITE, 3),
+                    descriptor(REPLIES + u64::from(cut), 4 - cut, WRITE, 0),
+                ];
+                mock.build_desc_chain(&chain).unwrap();
+                let mut queue: Queue = mock.create_queue().unwrap();
+                process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+                assert_eq!(used(&mock), [(0, 4)]);
+                assert_eq!(reply(&memory, 0, 8), [0, 0, 0, 0, 0xaa, 0xaa, 0xaa, 0xaa]);
+            }
+        }
+    }
+
+    /// Chains that carry no request: each comes back unwritten, once, and the next one is answered.
+    #[test]
+    fn bad_chains_come_back_unwritten_and_the_next_one_is_answered() {
+        let bad: [Vec<RawDescriptor>; 8] = [
+            // Nothing writable; nothing readable; no room for a status; outside of memory, either way.
+            vec![descriptor(REQUESTS, 20, 0, 0)],
+            vec![descriptor(REPLIES, 4, WRITE, 0)],
+            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(REPLIES, 3, WRITE, 0)],
+            vec![descriptor(u64::MAX - 8, 20, NEXT, 1), descriptor(REPLIES, 4, WRITE, 0)],
+            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(0xf_fffe, 4, WRITE, 0)],
+            // Larger than any reply; an index out of the table; an indirect table that is none.
+            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(REPLIES, 0x1_0001, WRITE, 0)],
+            vec![descriptor(REQUESTS, 20, NEXT, 900)],
+            vec![descriptor(REQUESTS, 17, INDIRECT, 0)],
+        ];
+        for (case, chain) in bad.iter().enumerate() {
+            let memory = memory();
+            let (_host, mut device) = device();
+            let mock = MockSplitQueue::new(&memory, SIZE);
+            memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
+            memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS + 0x100)).unwrap();
+            let mut descriptors = chain.clone();
+            let good = descriptors.len() as u16;
+            descriptors.push(descriptor(REQUESTS + 0x100, 20, NEXT, good + 1));
+            descriptors.push(descriptor(REPLIES + 0x100, 4, WRITE, 0));
+            for (index, raw) in descriptors.iter().enumerate() {
+                mock.desc_table().store(index as u16, *raw).unwrap();
+            }
+            mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
+            mock.avail().ring().ref_at(1).unwrap().store(good.to_le());
+            mock.avail().idx().store(2u16.to_le());
+            let mut queue: Queue = mock.create_queue().unwrap();
+            process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+            assert_eq!(used(&mock), [(0, 0), (u32::from(good), 4)], "case {case}");
+            assert_eq!(reply(&memory, 0, 8), [0xaa; 8], "case {case}");
+            assert_eq!(reply(&memory, 1, 4), [0, 0, 0, 0], "case {case}");
+        }
+    }
+
+    #[test]
+    fn a_chain_that_loops_ends() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
+        mock.desc_table().store(0, descriptor(REQUESTS, 20, NEXT, 1)).unwrap();
+        mock.desc_table().store(1, descriptor(REPLIES, 4, NEXT | WRITE, 1)).unwrap();
+        mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
+        mock.avail().idx().store(1u16.to_le());
+        let mut queue: Queue = mock.create_queue().unwrap();
+        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(batch.handled, 1);
+        assert_eq!(reply(&memory, 0, 8)[4..], [0xaa; 4], "only what is writable is written");
+    }
+
+    #[test]
+    fn wild_indices_break_the_queue_and_nothing_else() {
+        for event_idx in [false, true] {
+            for index in [u16::from(SIZE as u8) + 1, 1000, u16::MAX] {
+                let memory = memory();
+                let (_host, mut device) = device();
+                let mock = MockSplitQueue::new(&memory, SIZE);
+                let mut queue: Queue = mock.create_queue().unwrap();
+                queue.set_event_idx(event_idx);
+                mock.avail().idx().store(index.to_le());
+                let error = process_requests(&mut device, &mut queue, &memory, 64).unwrap_err();
+                assert!(matches!(error, QueueError::TooManyAvailable { .. }), "{error}");
+                assert!(used(&mock).is_empty());
+            }
+        }
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        mock.avail().ring().ref_at(0).unwrap().store(SIZE.to_le());
+        mock.avail().idx().store(1u16.to_le());
+        let mut queue: Queue = mock.create_queue().unwrap();
+        assert!(process_requests(&mut device, &mut queue, &memory, 64).is_err());
+    }
+
+    #[test]
+    fn a_ring_outside_of_memory_is_an_error() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let mut queue: Queue = mock.create_queue().unwrap();
+        queue.set_avail_ring_address(Some(0xffff_f000), Some(0xffff));
+        assert!(process_requests(&mut device, &mut queue, &memory, 64).is_err());
+    }
+
+    #[test]
+    fn faults_go_to_the_first_buffer_that_is_large_enough() {
+        let memory = memory();
+        let (host, mut device) = device();
+        device.handle(&attach_bytes(8), &mut [0; 4]);
+        host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+        let mut tail = [0; 4];
+        device.handle(&map_bytes(), &mut tail);
+        assert_eq!(tail[0], 8);
+
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let mut queue: Queue = mock.create_queue().unwrap();
+        assert!(!deliver_faults(&mut device, &mut queue, &memory).unwrap(), "there is no buffer");
+        let buffers = [
+            descriptor(REPLIES, 23, WRITE, 0),
+            descriptor(REPLIES + 0x100, 24, 0, 0),
+            descriptor(REPLIES + 0x200, 32, WRITE, 0),
+            descriptor(REPLIES + 0x300, 24, WRITE, 0),
+        ];
+        for (index, raw) in buffers.iter().enumerate() {
+            mock.desc_table().store(index as u16, *raw).unwrap();
+            mock.avail().ring().ref_at(index).unwrap().store((index as u16).to_le());
+        }
+        mock.avail().idx().store(4u16.to_le());
+        assert!(deliver_faults(&mut device, &mut queue, &memory).unwrap());
+        assert_eq!(used(&mock), [(0, 0), (1, 0), (2, 24)], "the fourth is kept for the next event");
+        let mut expected = [0xaa; 32];
+        expected[..24].fill(0);
+        expected[..12].copy_from_slice(&[2, 0, 0, 0, 1, 1, 0, 0, 8, 0, 0, 0]);
+        expected[16..18].copy_from_slice(&[0, 0x50]);
+        assert_eq!(reply(&memory, 2, 32), expected);
+        assert!(!device.has_faults());
+    }
+}

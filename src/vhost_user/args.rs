@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon's command line.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, ValueEnum};
+
+use crate::id::{EndpointId, PciAddress};
+use crate::range::IovaRange;
+use crate::reserved::policy::X86_MSI;
+
+/// A virtio-iommu device as a vhost-user backend.
+///
+/// The host IOMMU's true reserved regions are reported to the guest, per endpoint; the guest's mappings are carried into
+/// the host's IOMMU through iommufd. The launcher opens /dev/iommu and the devices' /dev/vfio/devices/vfioN and passes
+/// the same files to the VMM and to this process. One frontend is served; when it is gone every endpoint is blocked.
+#[derive(Clone, Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Arguments {
+    /// Path of the vhost-user socket. It is created, with access for its owner only; a socket that nobody listens on
+    /// is replaced.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: PathBuf,
+
+    /// Number of the inherited /dev/iommu.
+    #[arg(long, value_name = "FD")]
+    pub iommufd_fd: Option<RawFd>,
+
+    /// An assigned device: what the guest calls it, the number of its inherited VFIO device file, and optionally its
+    /// address on the host, which is then checked. Can be given several times; all devices of a host IOMMU group that
+    /// are bound to VFIO must be.
+    #[arg(long, value_name = "id=BDF,cdev-fd=FD[,host=BDF]", requires = "iommufd_fd")]
+    pub endpoint: Vec<EndpointArgument>,
+
+    /// What is known of the devices' groups, as `viommuctl inspect --facts-out` writes it. Without it, sysfs is asked
+    /// for reserved regions, and --input-range must say how far addresses go.
+    #[arg(long, value_name = "FILE")]
+    pub facts: Option<PathBuf>,
+
+    /// The virtual addresses that the guest is offered, both ends included. By default what the facts allow.
+    #[arg(long, value_name = "START-END")]
+    pub input_range: Option<IovaRange>,
+
+    /// The MSI doorbell of the guest's machine, or `none`. By default, on x86-64, fee00000-feefffff.
+    #[arg(long, value_name = "START-END|none", value_parser = parse_guest_msi, required = !cfg!(target_arch = "x86_64"))]
+    pub guest_msi: Option<GuestMsi>,
+
+    /// Whether endpoints reach guest memory as it is until the guest's driver takes over.
+    #[arg(long, value_name = "on|off", default_value = "on")]
+    pub boot_bypass: OnOff,
+
+    /// What happens when the frontend stops the rings. It does so for a pause as well as for a reset of the guest: `keep`
+    /// tells them apart when it starts them again; `reset` takes each for a reset, so that firmware can use assigned
+    /// devices after a reboot, and gives up pausing.
+    #[arg(long, value_name = "keep|reset", default_value = "keep")]
+    pub on_stop: OnStop,
+
+    /// Offer VIRTIO_F_ACCESS_PLATFORM.
+    #[arg(long)]
+    pub access_platform: bool,
+
+    /// How many mappings a guest domain may have.
+    #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+    pub max_mappings: usize,
+
+    /// How much to log: error, warn, info, debug or trace.
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: log::LevelFilter,
+}
+
+impl Arguments {
+    /// The guest's MSI doorbell.
+    pub fn guest_msi(&self) -> Option<IovaRange> {
+        match self.guest_msi {
+            Some(GuestMsi::At(range)) => Some(range),
+            Some(GuestMsi::None) => None,
+            None => Some(X86_MSI),
+        }
+    }
+}
+
+/// Where the guest's machine decodes message-signalled interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestMsi {
+    /// At these addresses.
+    At(IovaRange),
+    /// At no fixed address.
+    None,
+}
+
+fn parse_guest_msi(text: &str) -> Result<GuestMsi, crate::range::ParseRangeError> {
+    if text == "none" { Ok(GuestMsi::None) } else { text.parse().map(GuestMsi::At) }
+}
+
+/// A switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// What happens when the frontend stops the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnStop {
+    /// Nothing, until they start again.
+    Keep,
+    /// The device is reset.
+    Reset,
+}
+
+/// An assigned device, as given on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointArgument {
+    /// What the guest calls it.
+    pub id: EndpointId,
+    /// The number of its VFIO device file.
+    pub cdev_fd: RawFd,
+    /// Its address on the host.
+    pub host: Option<PciAddress>,
+}
+
+/// A text that does not say what an endpoint is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseEndpointError {
+    /// Something is not `key=value`, or the key is not known.
+    #[error("`{0}` is not one of id=BDF, cdev-fd=FD, host=BDF")]
+    Key(String),
+    /// A key is given twice.
+    #[error("`{0}` is given twice")]
+    Twice(&'static str),
+    /// A key is missing.
+    #[error("`{0}` is missing")]
+    Missing(&'static str),
+    /// A value is not what it should be.
+    #[error("{0}")]
+    Value(String),
+}
+
+impl FromStr for EndpointArgument {
+    type Err = ParseEndpointError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (mut id, mut cdev_fd, mut host) = (None, None, None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("id", value)) => put(&mut id, "id", value)?,
+                Some(("cdev-fd", value)) => put(&mut cdev_fd, "cdev-fd", value)?,
+                Some(("host", value)) => put(&mut host, "host", value)?,
+                _ => return Err(ParseEndpointError::Key(part.to_owned())),
+            }
+        }
+        Ok(Self {
+            id: id.ok_or(ParseEndpointError::Missing("id"))?,
+            cdev_fd: cdev_fd.ok_or(ParseEndpointError::Missing("cdev-fd"))?,
+            host,
+        })
+    }
+}
+
+fn put<T: FromStr>(slot: &mut Option<T>, key: &'static str, value: &str) -> Result<(), ParseEndpointError>
+where
+    T::Err: std::fmt::Display,
+{
+    let value = value.parse().map_err(|error| ParseEndpointError::Value(format!("{key}={value}: {error}")))?;
+    if slot.replace(value).is_some() { Err(ParseEndpointError::Twice(key)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn an_endpoint_is_read() {
+        let endpoint: EndpointArgument = "id=0000:00:03.0,cdev-fd=9,host=0000:01:00.0".parse().unwrap();
+        let host = "01:00.0".parse().ok();
+        assert_eq!(endpoint, EndpointArgument { id: EndpointId(0x18), cdev_fd: 9, host });
+        assert_eq!("cdev-fd=9,id=00:03.0".parse::<EndpointArgument>().unwrap().host, None);
+    }
+
+    #[test]
+    fn a_bad_endpoint_is_refused_with_its_part() {
+        for (text, part) in [
+            ("id=00:03.0", "`cdev-fd` is missing"),
+            ("cdev-fd=9", "`id` is missing"),
+            ("id=00:03.0,cdev-fd=9,fd=9", "`fd=9`"),
+            ("id=00:03.0,cdev-fd=x", "cdev-fd=x"),
+            ("id=3,cdev-fd=9", "id=3: `3` is not a PCI address"),
+            ("id=00:03.0,id=00:04.0,cdev-fd=9", "`id` is given twice"),
+        ] {
+            let error = text.parse::<EndpointArgument>().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_doorbell_is_that_of_x86_unless_said_otherwise() {
+        let parse = |extra: &[&str]| {
+            let arguments = ["vhost-device-iommu", "--socket-path", "s"].iter().chain(extra);
+            Arguments::try_parse_from(arguments).map(|arguments| arguments.guest_msi())
+        };
+        assert_eq!(parse(&["--guest-msi", "none"]).unwrap(), None);
+        assert_eq!(parse(&["--guest-msi", "8090000-809ffff"]).unwrap(), "8090000-809ffff".parse().ok());
+        assert!(parse(&["--guest-msi", "maybe"]).is_err());
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(parse(&[]).unwrap(), Some(X86_MSI));
+    }
+}

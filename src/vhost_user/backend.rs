@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device behind vhost-user messages and rings.
+
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use log::{debug, error, info, warn};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringMutex, VringState, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use super::args::OnStop;
+use super::restart::{Position, Start, has_history, judge};
+use super::throttle::{Pass, Throttle};
+use crate::device::{Statistics, VirtioIommu};
+use crate::memory::GuestRam;
+use crate::queue::{QueueError, deliver_faults, process_requests};
+use crate::spec;
+
+/// The largest queue that a frontend may ask for.
+const LARGEST_QUEUE: usize = 1024;
+/// How many requests are handled before the rings' state is looked at again.
+const BUDGET: usize = 256;
+/// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
+pub(super) const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT as u16 + 1;
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+type Vring = VringMutex<Memory>;
+
+/// How the backend behaves where vhost-user leaves a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendOptions {
+    /// What happens when the frontend stops the rings.
+    pub on_stop: OnStop,
+}
+
+/// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring.
+#[derive(Debug)]
+pub struct IommuBackend {
+    options: BackendOptions,
+    memory: Memory,
+    state: Mutex<State>,
+    exit: (EventConsumer, EventNotifier),
+    again: (EventConsumer, EventNotifier),
+}
+
+#[derive(Debug)]
+struct State {
+    device: VirtioIommu,
+    /// The features that the frontend set last, without those of the protocol.
+    features: u64,
+    requests: RequestRing,
+    throttle: Throttle,
+}
+
+/// What is known of the request ring across stops.
+#[derive(Debug, Default)]
+struct RequestRing {
+    /// Where it was after the last batch.
+    last: Option<Position>,
+    /// Where it was when it was stopped, until it starts again.
+    stopped: Option<Position>,
+    /// The driver broke it: it is not looked at until it starts again.
+    broken: bool,
+}
+
+impl IommuBackend {
+    /// A backend for this device. `memory` is what the library fills.
+    ///
+    /// # Errors
+    ///
+    /// No event descriptors can be had.
+    pub fn new(device: VirtioIommu, memory: Memory, options: BackendOptions) -> io::Result<Self> {
+        let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
+        let state =
+            State { device, features: 0, requests: RequestRing::default(), throttle: Throttle::new(Instant::now()) };
+        Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again: pair()? })
+    }
+
+    /// What becomes ready when a batch is to be continued: to be registered with the library's event loop.
+    pub(super) const fn again(&self) -> &EventConsumer {
+        &self.again.0
+    }
+
+    /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
+    pub fn shut_down(&self) -> Statistics {
+        let mut state = self.lock();
+        state.device.shut_down();
+        state.log_notices();
+        state.device.statistics()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the device was changed ends the process in release builds; elsewhere it is a test that fails.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve_rings(&self, requests: &Vring, events: &Vring) {
+        let mut state = self.lock();
+        let more = self.serve_requests(&mut state, &mut requests.get_mut());
+        if state.device.has_faults() {
+            self.serve_events(&mut state, &mut events.get_mut());
+        }
+        state.log_notices();
+        drop(state);
+        if more && self.again.1.notify().is_err() {
+            error!("cannot continue with the requests that are left: waiting for the driver's next kick");
+        }
+    }
+
+    /// Handles a batch; whether there is more.
+    fn serve_requests(&self, state: &mut State, vring: &mut VringState<Memory>) -> bool {
+        if !vring.get_queue().ready() || !vring.is_enabled() {
+            return false;
+        }
+        let memory = self.memory.memory();
+        state.start_if_stopped(vring, &memory);
+        if state.requests.broken {
+            return false;
+        }
+        let result = process_requests(&mut state.device, vring.get_queue_mut(), &*memory, BUDGET);
+        state.requests.last = Some(Position::of(vring.get_queue()));
+        match result {
+            Ok(batch) => {
+                if batch.notify {
+                    signal(vring);
+                }
+                batch.more
+            }
+            Err(error) => {
+                state.requests.broken = true;
+                log_broken("request", &error);
+                false
+            }
+        }
+    }
+
+    fn serve_events(&self, state: &mut State, vring: &mut VringState<Memory>) {
+        if !vring.get_queue().ready() || !vring.is_enabled() {
+            return;
+        }
+        let memory = self.memory.memory();
+        match deliver_faults(&mut state.device, vring.get_queue_mut(), &*memory) {
+            Ok(true) => signal(vring),
+            Ok(false) => (),
+            Err(error) => {
+                if state.throttle.ask(Instant::now()) != Pass::No {
+                    log_broken("event", &error);
+                }
+            }
+        }
+    }
+}
+
+fn signal(vring: &VringState<Memory>) {
+    if let Err(error) = vring.signal_used_queue() {
+        debug!("the frontend cannot be notified: {error}");
+    }
+}
+
+fn log_broken(queue: &str, error: &QueueError) {
+    error!("the guest's driver broke the {queue} queue, which is not looked at until it is set up again: {error}");
+}
+
+impl State {
+    /// If the request ring was stopped and runs again: finds out whether the device was reset in between.
+    fn start_if_stopped(&mut self, vring: &VringState<Memory>, memory: &GuestMemoryMmap) {
+        let Some(stopped) = self.requests.stopped.take() else {
+            return;
+        };
+        self.requests.broken = false;
+        let queue = vring.get_queue();
+        match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
+            Start::Resume => info!("the guest goes on"),
+            Start::Reset => {
+                info!("the guest reset the device");
+                self.reset();
+            }
+            Start::Unexpected => {
+                warn!("the frontend started the request ring elsewhere than it stopped it: taking it for a reset");
+                self.reset();
+            }
+        }
+    }
+
+    /// Resets the device. The features were set before the rings started, so they hold.
+    fn reset(&mut self) {
+        self.device.reset();
+        self.device.set_driver_features(self.features);
+    }
+
+    fn log_notices(&mut self) {
+        while let Some(notice) = self.device.next_notice() {
+            if let Pass::Yes { held_back } = self.throttle.ask(Instant::now()) {
+                if held_back > 0 {
+                    warn!("{held_back} messages were not logged");
+                }
+                warn!("{notice}");
+            }
+        }
+    }
+}
+
+impl VhostUserBackend for IommuBackend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        spec::QUEUE_COUNT
+    }
+
+    fn max_queue_size(&self) -> usize {
+        LARGEST_QUEUE
+    }
+
+    fn features(&self) -> u64 {
+        self.lock().device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, features: u64) {
+        let mut state = self.lock();
+        state.features = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let features = state.features;
+        state.device.set_driver_features(features);
+        state.log_notices();
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    fn reset_device(&self) {
+        info!("the frontend reset the device");
+        let mut state = self.lock();
+        state.features = 0;
+        state.requests = RequestRing::default();
+        state.device.reset();
+        state.log_notices();
+    }
+
+    // The rings are told by the library.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let config = self.lock().device.config();
+        let (offset, size) = (offset as usize, size as usize);
+        // The library takes an empty answer for an error, and says so to the frontend.
+        config.get(offset..).and_then(|rest| rest.get(..size)).unwrap_or_default().to_vec()
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let mut state = self.lock();
+        state.device.write_config(offset as usize, bytes);
+        state.log_notices();
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
+        // memory that has left.
+        let mut state = self.lock();
+        let ram = GuestRam::from_mmap(&memory.memory()).unwrap_or_else(|error| {
+            error!("{error}: the guest has no memory until the frontend gives it anew");
+            GuestRam::default()
+        });
+        state.device.set_memory(ram);
+        state.log_notices();
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        vec![(1 << spec::QUEUE_COUNT) - 1]
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        // Waits for a batch that is under way.
+        let mut state = self.lock();
+        if queue_index == u32::from(spec::REQUEST_QUEUE) {
+            state.requests.stopped = state.requests.last;
+            if self.options.on_stop == OnStop::Reset {
+                state.requests.stopped = None;
+                state.reset();
+                state.log_notices();
+            }
+        }
+        Ok(())
+    }
+
+    /// Never fails: an error would end the library's thread, and the guest would wait for ever.
+    fn handle_event(&self, event: u16, _set: EventSet, vrings: &[Vring], _thread_id: usize) -> io::Result<()> {
+        let [requests, events] = vrings else {
+            return Ok(());
+        };
+        if event == CONTINUE_EVENT {
+            // Nothing to read means that it was read before.
+            let _ = self.again.0.consume();
+        }
+        self.serve_rings(requests, events);
+        Ok(())
+    }
+}

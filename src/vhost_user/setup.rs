@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From arguments to a device: files adopted and checked, facts gathered, groups formed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use log::info;
+
+use super::args::{Arguments, EndpointArgument, OnOff};
+use crate::device::{self, Settings, VirtioIommu};
+use crate::fd::{AdoptError, Adopted, FileKind, adopt};
+use crate::host::HostGroup;
+use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
+use crate::id::{EndpointId, PciAddress};
+use crate::reserved::facts::{FactsError, FactsFile};
+use crate::reserved::policy::{self, PlanError, Policy};
+use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
+use crate::reserved::{EndpointView, HostFacts};
+use crate::spec;
+
+/// A device that cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// A passed file cannot be used.
+    #[error(transparent)]
+    File(#[from] AdoptError),
+    /// The host does not tell what it should.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
+    /// The facts cannot be read.
+    #[error(transparent)]
+    Facts(#[from] FactsError),
+    /// A device file cannot be traced to its device.
+    #[error("cannot tell which device /dev/{node} is for")]
+    Untraceable {
+        /// The device node.
+        node: String,
+        /// Where sysfs should have told.
+        path: PathBuf,
+    },
+    /// The file is for another device than was said.
+    #[error("endpoint {id}: fd {cdev_fd} is for the host device {found}, not {host}")]
+    WrongDevice {
+        /// The endpoint.
+        id: EndpointId,
+        /// The file.
+        cdev_fd: RawFd,
+        /// The device that it is for.
+        found: PciAddress,
+        /// The device that was said.
+        host: PciAddress,
+    },
+    /// There are facts, but not of this device.
+    #[error("{} says nothing of the host device {host}: gather its facts too (viommuctl inspect {host} --facts-out)", .file.display())]
+    NoFacts {
+        /// The file of facts.
+        file: PathBuf,
+        /// The device.
+        host: PciAddress,
+    },
+    /// The facts are of another time or another host.
+    #[error("the reserved regions of {host} are not those in {}: gather the facts anew", .file.display())]
+    StaleFacts {
+        /// The file of facts.
+        file: PathBuf,
+        /// The device.
+        host: PciAddress,
+    },
+    /// A device of the group belongs to VFIO and not to the guest.
+    #[error(
+        "host device {missing} is in IOMMU group {group} with an endpoint and bound to VFIO, but is no endpoint itself: \
+         add it with --endpoint, or unbind it"
+    )]
+    GroupIncomplete {
+        /// The group.
+        group: u32,
+        /// The device.
+        missing: PciAddress,
+    },
+    /// What the guest is to be told cannot be worked out.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Endpoints and groups do not fit each other.
+    #[error(transparent)]
+    Device(#[from] device::SetupError),
+}
+
+impl SetupError {
+    /// Whether the arguments are at fault, rather than the host.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Facts(_) | Self::NoFacts { .. } | Self::Device(_) | Self::WrongDevice { .. } => true,
+            Self::Plan(error) => matches!(error, PlanError::UnknownWidth { .. } | PlanError::NoEndpoint),
+            Self::File(error) => !matches!(error, AdoptError::NotOpen { .. }),
+            Self::Sysfs(_) | Self::Untraceable { .. } | Self::StaleFacts { .. } | Self::GroupIncomplete { .. } => false,
+        }
+    }
+}
+
+/// An endpoint with its file and what the host says of it.
+struct Assigned {
+    id: EndpointId,
+    host: PciAddress,
+    device: VfioDevice,
+    group: IommuGroup,
+    facts: HostFacts,
+}
+
+/// Makes the device that the arguments ask for.
+///
+/// # Errors
+///
+/// [`SetupError`]
+pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
+    let sysfs = Sysfs::new("/sys");
+    let iommufd = arguments.iommufd_fd.map(|number| adopt(number, FileKind::Iommufd)).transpose()?;
+    let facts = arguments.facts.as_deref().map(FactsFile::read).transpose()?;
+    let mut assigned = Vec::new();
+    for endpoint in &arguments.endpoint {
+        assigned.push(assign(&sysfs, endpoint, arguments, facts.as_ref())?);
+    }
+    check_groups(&sysfs, &assigned)?;
+
+    let policy = Policy { input_range: arguments.input_range, guest_msi: arguments.guest_msi() };
+    let known: Vec<_> = assigned.iter().map(|assigned| (assigned.id, assigned.facts.clone())).collect();
+    let plan = policy::plan(&policy, &known)?;
+    for (assigned, view) in assigned.iter().zip(&plan.views) {
+        log_view(assigned, view);
+    }
+    let settings = settings(arguments, &plan);
+    let endpoints = assigned.iter().map(|assigned| assigned.id).zip(plan.views).collect();
+    let groups = match iommufd {
+        Some(Adopted { file, .. }) => form_groups(Arc::new(Iommufd::new(file)), assigned),
+        None => Vec::new(),
+    };
+    Ok(VirtioIommu::new(settings, endpoints, groups)?)
+}
+
+fn settings(arguments: &Arguments, plan: &policy::Plan) -> Settings {
+    let granule = rustix::param::page_size() as u64;
+    let defaults = Settings::new(plan.input_range, granule);
+    let regions = plan.views.iter().map(|view| view.reported().len()).max().unwrap_or(0);
+    let needed = u32::try_from(regions * spec::RESV_MEM_SIZE).unwrap_or(u32::MAX);
+    Settings {
+        probe_size: defaults.probe_size.max(needed),
+        boot_bypass: arguments.boot_bypass == OnOff::On,
+        access_platform: arguments.access_platform,
+        max_mappings: arguments.max_mappings,
+        ..defaults
+    }
+}
+
+fn assign(
+    sysfs: &Sysfs,
+    endpoint: &EndpointArgument,
+    arguments: &Arguments,
+    facts: Option<&FactsFile>,
+) -> Result<Assigned, SetupError> {
+    let id = endpoint.id;
+    let Adopted { file, node, sysfs: place } = adopt(endpoint.cdev_fd, FileKind::VfioDevice)?;
+    let path = place.join("device");
+    let target = fs::canonicalize(&path).ok();
+    let found = target.and_then(|target| target.file_name()?.to_str()?.parse().ok());
+    let found: PciAddress = found.ok_or(SetupError::Untraceable { node, path })?;
+    if let Some(host) = endpoint.host.filter(|host| *host != found) {
+        return Err(SetupError::WrongDevice { id, cdev_fd: endpoint.cdev_fd, found, host });
+    }
+    let group = sysfs.group(found)?;
+    let facts = match facts.zip(arguments.facts.clone()) {
+        None => sysfs.facts(found)?,
+        Some((facts, file)) => {
+            let Some(known) = facts.get(EndpointId::from(found)) else {
+                return Err(SetupError::NoFacts { file, host: found });
+            };
+            if known.reserved_regions != group.reserved_regions {
+                return Err(SetupError::StaleFacts { file, host: found });
+            }
+            known.clone()
+        }
+    };
+    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string()), group, facts })
+}
+
+/// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.
+fn check_groups(sysfs: &Sysfs, assigned: &[Assigned]) -> Result<(), SetupError> {
+    for group in assigned.iter().map(|assigned| &assigned.group) {
+        for member in &group.members {
+            let is_endpoint = assigned.iter().any(|assigned| assigned.host == *member);
+            let is_vfio = sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio"));
+            if is_vfio && !is_endpoint {
+                return Err(SetupError::GroupIncomplete { group: group.number, missing: *member });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn form_groups(iommufd: Arc<Iommufd>, assigned: Vec<Assigned>) -> Vec<Arc<dyn HostGroup>> {
+    let mut groups: BTreeMap<u32, Vec<(EndpointId, VfioDevice)>> = BTreeMap::new();
+    for Assigned { id, device, group, .. } in assigned {
+        groups.entry(group.number).or_default().push((id, device));
+    }
+    let group = |devices| -> Arc<dyn HostGroup> { Arc::new(IommufdGroup::shared(Arc::clone(&iommufd), devices)) };
+    groups.into_values().map(group).collect()
+}
+
+fn log_view(assigned: &Assigned, view: &EndpointView) {
+    info!("endpoint {} is host device {} in IOMMU group {}", assigned.id, assigned.host, assigned.group.number);
+    for region in view.reported() {
+        info!("endpoint {}: {} is reported as {:?}", assigned.id, region.range, region.kind);
+    }
+}

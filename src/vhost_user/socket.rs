@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon's socket: for its owner only, and in place of nothing but a socket that is dead.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::process::umask;
+
+/// A socket that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Something that is no socket is there.
+    #[error("{} exists and is not a socket: it is left alone; remove it or choose another --socket-path", .0.display())]
+    NotASocket(PathBuf),
+    /// Somebody listens there.
+    #[error("{} is in use by another process: stop it or choose another --socket-path", .0.display())]
+    InUse(PathBuf),
+    /// It cannot be made or examined.
+    #[error("cannot listen on {}", .path.display())]
+    Io {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Listens on a path.
+///
+/// # Errors
+///
+/// [`SocketError`]; whatever is at the path is left alone.
+pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+        Err(error) => return Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) => match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
+            Err(error) => return Err(failed(error)),
+            Ok(_) => return Err(SocketError::InUse(path.to_owned())),
+        },
+    }
+    // The mode of a socket comes from the mask alone. There is only one thread yet.
+    let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+    let listener = UnixListener::bind(path);
+    umask(before);
+    listener.map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn only_a_dead_socket_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        drop(listener);
+        drop(bind(&path).unwrap());
+        let file = directory.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert!(matches!(bind(&file), Err(SocketError::NotASocket(_))));
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(bind(&link), Err(SocketError::NotASocket(_))));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+}

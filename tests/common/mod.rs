@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a VMM and a guest's driver do, for tests that play both: guest memory, a vhost-user front end, a request ring.
+
+#![allow(dead_code, reason = "not every test uses everything")]
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Guest memory, all in one file.
+pub type Memory = GuestMemoryMmap<()>;
+
+/// Where the driver keeps its ring and buffers: the last 64 KiB of the first MiB.
+const RINGS: u64 = 0xf_0000;
+const RING_SIZE: u16 = 16;
+const DESCRIPTORS: u64 = RINGS;
+const AVAILABLE: u64 = RINGS + 0x1000;
+const USED: u64 = RINGS + 0x2000;
+const REQUEST: u64 = RINGS + 0x3000;
+const REPLY: u64 = RINGS + 0x4000;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// Guest memory of this many bytes from address 0 on, in a memfd.
+pub fn guest_memory(size: usize) -> Memory {
+    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let file = File::from(file);
+    file.set_len(size as u64).unwrap();
+    Memory::from_ranges_with_files([(GuestAddress(0), size, Some(FileOffset::new(file, 0)))]).unwrap()
+}
+
+/// The answer to a request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Reply {
+    pub status: u8,
+    pub used: u32,
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    /// A reply that is a status and nothing else.
+    pub fn only(status: u8) -> Self {
+        Self { status, used: 4, body: Vec::new() }
+    }
+}
+
+/// A front end with a guest's driver in it.
+pub struct Machine {
+    pub memory: Memory,
+    pub frontend: Frontend,
+    kick: EventFd,
+    call: EventFd,
+    available: u16,
+    used: u16,
+}
+
+impl Machine {
+    /// Connects to a socket and negotiates everything that is offered.
+    pub fn connect(path: &Path, memory: Memory) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => panic!("nobody listens on {}: {error}", path.display()),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        Self::over(stream, memory)
+    }
+
+    /// Negotiates over a connection.
+    pub fn over(stream: UnixStream, memory: Memory) -> Self {
+        let mut frontend = Frontend::from_stream(stream, 2);
+        frontend.set_owner().unwrap();
+        let features = frontend.get_features().unwrap();
+        assert!(features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0);
+        let protocol = frontend.get_protocol_features().unwrap();
+        assert!(protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::RESET_DEVICE));
+        frontend.set_protocol_features(protocol & !VhostUserProtocolFeatures::REPLY_ACK).unwrap();
+        let event = || EventFd::new(0).unwrap();
+        Self { memory, frontend, kick: event(), call: event(), available: 0, used: 0 }
+    }
+
+    /// Sets features, memory and the request ring, and starts it from the driver's place.
+    pub fn start(&mut self) {
+        // Without EVENT_IDX: this driver does not write used_event.
+        let features = self.frontend.get_features().unwrap() & !(1 << 29);
+        self.frontend.set_features(features).unwrap();
+        self.set_memory();
+        self.start_ring(self.available);
+    }
+
+    /// Gives the backend the guest's memory.
+    pub fn set_memory(&mut self) {
+        let regions: Vec<_> =
+            self.memory.iter().map(|region| VhostUserMemoryRegionInfo::from_guest_region(region).unwrap()).collect();
+        self.frontend.set_mem_table(&regions).unwrap();
+    }
+
+    /// Starts the request ring at a base.
+    pub fn start_ring(&mut self, base: u16) {
+        let address = |guest| self.memory.get_host_address(GuestAddress(guest)).unwrap() as u64;
+        let ring = VringConfigData {
+            queue_max_size: RING_SIZE,
+            queue_size: RING_SIZE,
+            flags: 0,
+            desc_table_addr: address(DESCRIPTORS),
+            used_ring_addr: address(USED),
+            avail_ring_addr: address(AVAILABLE),
+            log_addr: None,
+        };
+        self.frontend.set_vring_num(0, RING_SIZE).unwrap();
+        self.frontend.set_vring_base(0, base).unwrap();
+        self.frontend.set_vring_addr(0, &ring).unwrap();
+        self.frontend.set_vring_call(0, &self.call).unwrap();
+        self.frontend.set_vring_kick(0, &self.kick).unwrap();
+        self.frontend.set_vring_enable(0, true).unwrap();
+    }
+
+    /// Stops the request ring; the base to start it with again.
+    pub fn stop_ring(&mut self) -> u16 {
+        self.frontend.set_vring_enable(0, false).unwrap();
+        u16::try_from(self.frontend.get_vring_base(0).unwrap()).unwrap()
+    }
+
+    /// The driver forgets its ring, as one that starts anew.
+    pub fn forget_ring(&mut self) {
+        self.memory.write_slice(&[0; 0x3000], GuestAddress(RINGS)).unwrap();
+        (self.available, self.used) = (0, 0);
+    }
+
+    /// Makes the available index a number of the driver's choosing.
+    pub fn break_ring(&mut self, index: u16) {
+        self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
+        self.kick.write(1).unwrap();
+    }
+
+    /// The whole configuration space.
+    pub fn config(&mut self) -> Vec<u8> {
+        self.frontend.get_config(0, 40, VhostUserConfigFlags::empty(), &[0; 40]).unwrap().1
+    }
+
+    /// Sends a request and waits for its answer; `None` if there is none in two seconds.
+    pub fn try_send(&mut self, request: &[u8], writable: u32) -> Option<Reply> {
+        self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
+        self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(REPLY)).unwrap();
+        let descriptors = [
+            Descriptor::new(REQUEST, request.len() as u32, NEXT, 1),
+            Descriptor::new(REPLY, writable, WRITE, 0),
+        ];
+        for (index, descriptor) in descriptors.iter().enumerate() {
+            self.memory.write_obj(*descriptor, GuestAddress(DESCRIPTORS + 16 * index as u64)).unwrap();
+        }
+        let slot = u64::from(self.available % RING_SIZE);
+        self.memory.write_obj(0u16, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
+        self.available = self.available.wrapping_add(1);
+        let order = std::sync::atomic::Ordering::Release;
+        self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();
+        self.kick.write(1).unwrap();
+        self.wait_for_used(writable)
+    }
+
+    fn wait_for_used(&mut self, writable: u32) -> Option<Reply> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            let order = std::sync::atomic::Ordering::Acquire;
+            let index = u16::from_le(self.memory.load(GuestAddress(USED + 2), order).unwrap());
+            if index != self.used {
+                break;
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let slot = u64::from(self.used % RING_SIZE);
+        let element: VirtqUsedElem = self.memory.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        let mut body = vec![0; writable as usize];
+        self.memory.read_slice(&mut body, GuestAddress(REPLY)).unwrap();
+        let status = body.len().checked_sub(4).map_or(0xaa, |at| body[at]);
+        body.truncate((writable as usize).saturating_sub(4));
+        Some(Reply { status, used: element.len(), body })
+    }
+
+    /// Sends a request that is answered with a status only; the status.
+    pub fn send(&mut self, request: &[u8]) -> u8 {
+        let reply = self.try_send(request, 4).expect("a request is answered");
+        assert_eq!(reply, Reply::only(reply.status));
+        reply.status
+    }
+}
+
+/// ATTACH
+pub fn attach(domain: u32, endpoint: u32, flags: u32) -> Vec<u8> {
+    words(&[1, domain, endpoint, flags, 0])
+}
+
+/// DETACH
+pub fn detach(domain: u32, endpoint: u32) -> Vec<u8> {
+    words(&[2, domain, endpoint, 0, 0])
+}
+
+/// MAP
+pub fn map(domain: u32, iova: u64, length: u64, physical: u64, flags: u32) -> Vec<u8> {
+    let mut bytes = words(&[3, domain]);
+    for field in [iova, iova + length - 1, physical] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+/// UNMAP
+pub fn unmap(domain: u32, iova: u64, length: u64) -> Vec<u8> {
+    let mut bytes = words(&[4, domain]);
+    for field in [iova, iova + length - 1] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend([0; 4]);
+    bytes
+}
+
+/// PROBE
+pub fn probe(endpoint: u32) -> Vec<u8> {
+    let mut bytes = words(&[5, endpoint]);
+    bytes.resize(72, 0);
+    bytes
+}
+
+fn words(fields: &[u32]) -> Vec<u8> {
+    fields.iter().flat_map(|field| field.to_le_bytes()).collect()
+}

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The backend over a real socket and a real ring, on the model of a host.
+
+#![cfg(all(feature = "daemon", feature = "test-utils"))]
+
+mod common;
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{Listener, VhostUserFrontend};
+use vhost_user_backend::VhostUserDaemon;
+use virtio_iommu::access::Access;
+use virtio_iommu::device::{Settings, VirtioIommu};
+use virtio_iommu::host::fake::{Attachment, FakeHost, Flavour};
+use virtio_iommu::id::EndpointId;
+use virtio_iommu::range::{IovaRange, RangeSet};
+use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
+use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+const ENDPOINT: u32 = 0x18;
+const ID: EndpointId = EndpointId(ENDPOINT);
+const MEMORY_SIZE: usize = 0x40_0000;
+
+const OK: u8 = 0;
+const INVAL: u8 = 4;
+const NOENT: u8 = 6;
+
+struct Bench {
+    host: FakeHost,
+    backend: Arc<IommuBackend>,
+    machine: Option<Machine>,
+    daemon: JoinHandle<()>,
+}
+
+impl Bench {
+    fn new(boot_bypass: bool, on_stop: OnStop) -> Self {
+        let host = FakeHost::new(Flavour::Iommufd);
+        let msi: IovaRange = "fee00000-feefffff".parse().unwrap();
+        let input_range: IovaRange = "0-7fffffffff".parse().unwrap();
+        let usable = RangeSet::from(input_range).subtract(&RangeSet::from(msi));
+        let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
+        let settings = Settings { boot_bypass, ..Settings::new(input_range, 0x1000) };
+        let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let backend = Arc::new(IommuBackend::new(device, memory.clone(), BackendOptions { on_stop }).unwrap());
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
+        let mut daemon = VhostUserDaemon::new("test".to_owned(), Arc::clone(&backend), memory).unwrap();
+        let daemon = std::thread::spawn(move || {
+            daemon.start(&mut listener).unwrap();
+            let _ = daemon.wait();
+        });
+        let machine = Machine::connect(&path, guest_memory(MEMORY_SIZE));
+        Self { host, backend, machine: Some(machine), daemon }
+    }
+
+    fn started() -> Self {
+        let mut bench = Self::new(true, OnStop::Keep);
+        bench.machine().start();
+        bench
+    }
+
+    fn machine(&mut self) -> &mut Machine {
+        self.machine.as_mut().unwrap()
+    }
+
+    fn send(&mut self, request: &[u8]) -> u8 {
+        self.machine().send(request)
+    }
+
+    fn reads(&self, iova: u64) -> Option<u64> {
+        self.host.dma(ID, iova, Access::READ)
+    }
+
+    /// The frontend goes away.
+    fn end(mut self) {
+        drop(self.machine.take());
+        self.daemon.join().unwrap();
+        self.backend.shut_down();
+        assert_eq!(self.host.attachment(ID), Attachment::Blocked);
+        assert_eq!(self.host.table_count(), 0);
+    }
+}
+
+#[test]
+fn requests_over_a_ring_reach_the_host() {
+    let mut bench = Bench::started();
+    let reply = bench.machine().try_send(&probe(ENDPOINT), 1536 + 4).unwrap();
+    assert_eq!((reply.status, reply.used), (OK, 1540));
+    assert_eq!(reply.body[..8], [1, 0, 20, 0, 1, 0, 0, 0]);
+    assert!(reply.body[24..].iter().all(|byte| *byte == 0));
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    assert_eq!(bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), OK);
+    assert_eq!(bench.reads(0x5000), Some(0x2000));
+    assert_eq!(bench.send(&map(1, 0xfee0_0000, 0x1000, 0x2000, 1)), INVAL);
+    assert_eq!(bench.send(&unmap(1, 0x5000, 0x1000)), OK);
+    assert_eq!(bench.reads(0x5000), None);
+    assert_eq!(bench.send(&detach(1, ENDPOINT)), OK);
+    assert_eq!(bench.reads(0x5000), Some(0x5000));
+    assert_eq!(bench.machine().try_send(&[9, 0, 0, 0], 4), Some(Reply { status: 0xaa, used: 0, body: vec![] }));
+    bench.end();
+}
+
+#[test]
+fn only_the_bypass_byte_of_a_config_write_is_applied() {
+    let mut bench = Bench::started();
+    let before = bench.machine().config();
+    assert_eq!(before[36], 1);
+    let mut written = [0xff; 40];
+    written[36] = 0;
+    bench.machine().frontend.set_config(0, VhostUserConfigFlags::empty(), &written).unwrap();
+    let after = bench.machine().config();
+    assert_eq!((after[36], &after[..36]), (0, &before[..36]));
+    assert_eq!(bench.host.attachment(ID), Attachment::Blocked);
+    bench.end();
+}
+
+#[test]
+fn without_boot_bypass_setting_the_features_blocks() {
+    let mut bench = Bench::new(false, OnStop::Keep);
+    bench.machine().config();
+    assert_eq!(bench.host.attachment(ID), Attachment::AsFound);
+    bench.machine().start();
+    bench.machine().config();
+    assert_eq!(bench.host.attachment(ID), Attachment::Blocked);
+    bench.end();
+}
+
+#[test]
+fn a_pause_is_no_reset() {
+    let mut bench = Bench::started();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    assert_eq!(bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), OK);
+    let calls = bench.host.calls();
+    let base = bench.machine().stop_ring();
+    assert_eq!(base, 2);
+    assert_eq!(bench.reads(0x5000), Some(0x2000), "nothing is dropped when the ring stops");
+    // As QEMU goes on: features and memory first.
+    bench.machine().start();
+    assert_eq!(bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), INVAL, "it is still mapped");
+    assert_eq!(bench.host.calls(), calls, "what is mapped was not disturbed");
+    assert_eq!(bench.send(&unmap(1, 0x5000, 0x1000)), OK);
+    bench.end();
+}
+
+#[test]
+fn a_ring_that_starts_from_zero_is_a_reset() {
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1));
+    bench.machine().stop_ring();
+    bench.machine().forget_ring();
+    bench.machine().start();
+    assert_eq!(bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), NOENT, "the domain is gone");
+    assert_eq!(bench.reads(0x5000), Some(0x5000));
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 1)), OK, "the features that were set again hold");
+    bench.end();
+}
+
+#[test]
+fn a_ring_that_starts_elsewhere_is_taken_for_a_reset() {
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    let base = bench.machine().stop_ring();
+    bench.machine().start_ring(base + 1);
+    bench.machine().break_ring(base + 1);
+    bench.machine().stop_ring();
+    bench.machine().forget_ring();
+    bench.machine().start();
+    assert_eq!(bench.send(&unmap(1, 0, 0x1000)), NOENT);
+    bench.end();
+}
+
+#[test]
+fn a_stop_can_be_taken_for_a_reset() {
+    let mut bench = Bench::new(true, OnStop::Reset);
+    bench.machine().start();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.machine().stop_ring();
+    assert_eq!(bench.reads(0x5000), Some(0x5000), "at once, and back to guest memory");
+    bench.end();
+}
+
+#[test]
+fn the_frontends_reset_is_a_reset() {
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.machine().frontend.reset_device().unwrap();
+    bench.machine().forget_ring();
+    bench.machine().start();
+    assert_eq!(bench.send(&unmap(1, 0, 0x1000)), NOENT);
+    bench.end();
+}
+
+#[test]
+fn a_broken_ring_is_left_alone_until_it_is_set_up_again() {
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.machine().break_ring(1000);
+    assert_eq!(bench.machine().try_send(&detach(1, ENDPOINT), 4), None);
+    bench.machine().stop_ring();
+    bench.machine().forget_ring();
+    bench.machine().start();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    bench.end();
+}
+
+#[test]
+fn memory_that_the_frontend_takes_away_is_not_reached() {
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.send(&map(1, 0x5000, 0x1000, 0x30_0000, 1));
+    bench.send(&map(1, 0x6000, 0x1000, 0x2000, 1));
+    // The same addresses, other memory: whatever was mapped is not the guest's any more.
+    let other = guest_memory(0x20_0000);
+    bench.machine().memory = other;
+    bench.machine().set_memory();
+    bench.machine().config();
+    assert_eq!(bench.reads(0x5000), None);
+    assert_eq!(bench.reads(0x6000), Some(0x2000));
+    bench.end();
+}
