@@ -108,6 +108,15 @@ impl Iommufd {
             .map_err(|errno| failed(errno, "IOMMU_IOAS_ALLOC", out_of_memory_or_other(errno)))?;
         Ok(Ioas { iommufd: Arc::clone(self), id: argument.out_ioas_id, held: Mutex::default() })
     }
+
+    /// Whether an address space with this number is there, whoever made it.
+    pub fn has_ioas(&self, id: u32) -> bool {
+        let mut argument =
+            iommu_ioas_iova_ranges { size: size::<iommu_ioas_iova_ranges>(), ioas_id: id, ..Default::default() };
+        // SAFETY: no range is asked for, so the null address is not written to.
+        let result = unsafe { call::<IOAS_IOVA_RANGES, _>(self.file.as_fd(), &mut argument) };
+        matches!(result, Ok(()) | Err(Errno::MSGSIZE))
+    }
 }
 
 /// The file of a VFIO device.

@@ -154,10 +154,8 @@ impl Machine {
     pub fn try_send(&mut self, request: &[u8], writable: u32) -> Option<Reply> {
         self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
         self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(REPLY)).unwrap();
-        let descriptors = [
-            Descriptor::new(REQUEST, request.len() as u32, NEXT, 1),
-            Descriptor::new(REPLY, writable, WRITE, 0),
-        ];
+        let descriptors =
+            [Descriptor::new(REQUEST, request.len() as u32, NEXT, 1), Descriptor::new(REPLY, writable, WRITE, 0)];
         for (index, descriptor) in descriptors.iter().enumerate() {
             self.memory.write_obj(*descriptor, GuestAddress(DESCRIPTORS + 16 * index as u64)).unwrap();
         }

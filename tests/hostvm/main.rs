@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What needs a real IOMMU. These tests run as root inside the host VM, which `tests/hostvm/run` boots; elsewhere they
+//! are left out.
+
+#![cfg(feature = "daemon")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod daemon;
+mod edu;
+mod guest;
+mod inspect;
+mod pci;
