@@ -1,6 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A virtio-iommu device (virtio device 23).
+//! A virtio-iommu device (virtio device 23) for VMMs, and as a vhost-user process.
+//!
+//! A guest's DMA goes through it: the guest's driver attaches endpoints to domains and maps I/O virtual addresses to
+//! guest-physical ones. The device makes the host's IOMMU do the same for assigned devices. What the guest is told about
+//! I/O virtual address space is the host IOMMU group's true reserved regions, typed, per endpoint; and never the host's
+//! PCI bridge windows, which are no property of a group.
+//!
+//! # Embedding
+//!
+//! [`VirtioIommu`](device::VirtioIommu) has no files, threads or clock. It is made of endpoints and the host groups that
+//! they are in, and driven by the bytes of requests:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use virtio_iommu::device::{Settings, VirtioIommu};
+//! use virtio_iommu::host::{HostGroup, software::SoftwareGroup};
+//! use virtio_iommu::id::EndpointId;
+//! use virtio_iommu::memory::GuestRam;
+//! use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
+//! use vm_memory::GuestAddress;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // An emulated device at 00:03.0, in a group of its own, that must keep off the x86 doorbell.
+//! let endpoint: EndpointId = "00:03.0".parse()?;
+//! let doorbell = ReservedRegion { range: "fee00000-feefffff".parse()?, kind: ReservedKind::Msi };
+//! let group: Arc<dyn HostGroup> = Arc::new(SoftwareGroup::new(vec![endpoint], 4096));
+//! let settings = Settings::new("0-ffffffffffff".parse()?, 4096);
+//! let mut iommu = VirtioIommu::new(settings, vec![(endpoint, EndpointView::new(vec![doorbell])?)], vec![group])?;
+//! iommu.set_memory(GuestRam::in_software(&[(GuestAddress(0), 0x1000_0000)])?);
+//! iommu.set_driver_features(iommu.features());
+//!
+//! // A request as it comes out of the request queue: ATTACH 00:03.0 to domain 1. The reply is four bytes.
+//! let attach = [1, 0, 0, 0, 1, 0, 0, 0, 0x18, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+//! let mut reply = [0xff; 4];
+//! assert_eq!(iommu.handle(&attach, &mut reply), 4);
+//! assert_eq!(reply, [0; 4]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With feature `queue`, [`queue::process_requests`] does that for a whole virtqueue. With feature `iommufd`,
+//! [`host::iommufd::IommufdGroup`] stands for a group of assigned devices. A VMM implements [`host::HostGroup`] and
+//! [`host::IoPageTable`] for anything else that translates.
+//!
+//! # Where things are
+//!
+//! | | |
+//! |---|---|
+//! | [`spec`], [`request`] | the wire: constants, bytes to requests, replies to bytes |
+//! | [`device`] | what each request does; `attach.rs` and `map.rs` hold the rules of those requests |
+//! | [`reserved`] | what a guest must not map, and why |
+//! | [`host`] | the host's page tables: iommufd, none at all, and a model for tests |
+//! | [`memory`] | guest memory as the host needs it |
+//! | [`queue`] | virtqueues |
+//! | [`vhost_user`] | the daemon |
+//! | [`topology`] | telling the guest which devices are behind the IOMMU |
+//!
+//! # Threats
+//!
+//! Guests, vhost-user frontends and files of facts are hostile: no number of theirs is trusted in arithmetic, sizes an
+//! allocation or bounds a loop without a limit of ours, and what is wrong is refused without a change. A guest's mapping
+//! reaches guest memory only, with the permissions that it asked for, and nothing once its UNMAP has returned. When the
+//! host does not follow, DMA stops. The host's kernel, its IOMMU and whoever passes the files are trusted; whoever holds
+//! the same iommufd can undo what this device did in it. On x86 a guest has no interrupt remapping behind this device:
+//! an assigned device can send interrupts that its driver did not set up.
+
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+
 pub mod access;
 pub mod device;
 #[cfg(feature = "iommufd")]

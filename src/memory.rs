@@ -205,8 +205,9 @@ impl HostMemory {
 
     fn at(&self, offset: u64) -> Self {
         let file = self.file.clone().map(|file| FileMemory { offset: file.offset + offset, ..file });
-        // The region is mapped, so every offset in it is within this process's address space.
-        Self { address: self.address + offset as usize, file, owner: Arc::clone(&self.owner) }
+        #[expect(clippy::cast_possible_truncation, reason = "the region is mapped: offsets in it fit an address")]
+        let address = self.address + offset as usize;
+        Self { address, file, owner: Arc::clone(&self.owner) }
     }
 
     fn is_same(&self, other: &Self) -> bool {

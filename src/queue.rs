@@ -110,10 +110,10 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
         // 5.13.6.8.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
         // describe it." One that is too small goes back unwritten.
         let mut used = 0;
-        if writable_length(&chain).is_some_and(|length| length >= spec::fault::SIZE) {
-            if let Some(fault) = device.next_fault() {
-                used = write(&chain, memory, &fault.to_bytes()).unwrap_or(0);
-            }
+        if writable_length(&chain).is_some_and(|length| length >= spec::fault::SIZE)
+            && let Some(fault) = device.next_fault()
+        {
+            used = write(&chain, memory, &fault.to_bytes()).unwrap_or(0);
         }
         queue.add_used(memory, head, used)?;
         delivered = true;

@@ -253,16 +253,15 @@ pub fn write_reply(writable: &mut [u8], status: Status, properties: &[ReservedRe
 
 /// `struct virtio_iommu_probe_resv_mem` (5.13.6.7.3).
 fn reserved_memory_property(region: &ReservedRegion) -> [u8; spec::RESV_MEM_SIZE] {
-    // 5.13.6.7.2: "The device MUST write the size of a property without the struct virtio_iommu_probe_property
-    // header, in bytes, into length."
-    const LENGTH: u16 = (spec::RESV_MEM_SIZE - spec::PROPERTY_HEADER_SIZE) as u16;
     let subtype = match region.kind {
         ReservedKind::Reserved => spec::RESV_MEM_T_RESERVED,
         ReservedKind::Msi => spec::RESV_MEM_T_MSI,
     };
     let mut bytes = [0; spec::RESV_MEM_SIZE];
     bytes[0..2].copy_from_slice(&spec::PROBE_T_RESV_MEM.to_le_bytes());
-    bytes[2..4].copy_from_slice(&LENGTH.to_le_bytes());
+    // 5.13.6.7.2: "The device MUST write the size of a property without the struct virtio_iommu_probe_property
+    // header, in bytes, into length."
+    bytes[2..4].copy_from_slice(&spec::RESV_MEM_LENGTH.to_le_bytes());
     bytes[4] = subtype;
     bytes[8..16].copy_from_slice(&region.range.start().to_le_bytes());
     bytes[16..24].copy_from_slice(&region.range.last().to_le_bytes());

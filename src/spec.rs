@@ -14,7 +14,7 @@ pub const REQUEST_QUEUE: u16 = 0;
 /// Index of the event virtqueue (5.13.2).
 pub const EVENT_QUEUE: u16 = 1;
 /// How many virtqueues the device has.
-pub const QUEUE_COUNT: usize = 2;
+pub const QUEUE_COUNT: u16 = 2;
 
 /// Feature bits, as masks (5.13.3, and 6 for those that all devices share).
 pub mod feature {
@@ -78,15 +78,15 @@ pub mod request_type {
 pub const HEAD_SIZE: usize = 4;
 /// Size of `struct virtio_iommu_req_tail`: status, then three reserved bytes.
 pub const TAIL_SIZE: usize = 4;
-/// Size of the device-readable part of ATTACH: head, domain, endpoint, flags, reserved[4].
+/// Size of the device-readable part of ATTACH: head, domain, endpoint, flags, `reserved[4]`.
 pub const ATTACH_SIZE: usize = 20;
-/// Size of the device-readable part of DETACH: head, domain, endpoint, reserved[8].
+/// Size of the device-readable part of DETACH: head, domain, endpoint, `reserved[8]`.
 pub const DETACH_SIZE: usize = 20;
-/// Size of the device-readable part of MAP: head, domain, virt_start, virt_end, phys_start, flags.
+/// Size of the device-readable part of MAP: head, domain, `virt_start`, `virt_end`, `phys_start`, flags.
 pub const MAP_SIZE: usize = 36;
-/// Size of the device-readable part of UNMAP: head, domain, virt_start, virt_end, reserved[4].
+/// Size of the device-readable part of UNMAP: head, domain, `virt_start`, `virt_end`, `reserved[4]`.
 pub const UNMAP_SIZE: usize = 28;
-/// Size of the device-readable part of PROBE: head, endpoint, reserved[64].
+/// Size of the device-readable part of PROBE: head, endpoint, `reserved[64]`.
 pub const PROBE_SIZE: usize = 72;
 /// Size of the largest device-readable part.
 pub const LARGEST_REQUEST: usize = PROBE_SIZE;
@@ -101,10 +101,11 @@ pub const MAP_F_WRITE: u32 = 1 << 1;
 
 /// Property type of a reserved region in a PROBE reply.
 pub const PROBE_T_RESV_MEM: u16 = 1;
-/// Size of `struct virtio_iommu_probe_property`, the header of a property.
-pub const PROPERTY_HEADER_SIZE: usize = 4;
-/// Size of `struct virtio_iommu_probe_resv_mem`, header included.
+/// Size of `struct virtio_iommu_probe_resv_mem`: type and length, each le16, subtype, three reserved bytes, start and
+/// end, each le64.
 pub const RESV_MEM_SIZE: usize = 24;
+/// What its length field says: the size without type and length themselves.
+pub const RESV_MEM_LENGTH: u16 = 20;
 /// Subtype of a region that cannot be mapped.
 pub const RESV_MEM_T_RESERVED: u8 = 0;
 /// Subtype of a region that is a doorbell for message-signalled interrupts.

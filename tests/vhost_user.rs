@@ -3,6 +3,7 @@
 //! The backend over a real socket and a real ring, on the model of a host.
 
 #![cfg(all(feature = "daemon", feature = "test-utils"))]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod common;
 

@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
 use virtio_iommu::id::{EndpointId, PciAddress};
 use virtio_iommu::inspect::{Inspection, inspect};
+use virtio_iommu::range::RangeSet;
 use virtio_iommu::reserved::facts::FactsFile;
 use virtio_iommu::reserved::sysfs::Sysfs;
 use virtio_iommu::topology::viot::{self, PciFunctions};
@@ -108,7 +109,7 @@ fn print_inspection(device: PciAddress, inspection: &Inspection) {
     for region in facts.reserved_regions.iter().flatten() {
         table.add_row([region.range.to_string(), region.kind.to_string()]);
     }
-    for range in facts.usable.iter().flat_map(|usable| usable.ranges()) {
+    for range in facts.usable.iter().flat_map(RangeSet::ranges) {
         table.add_row([range.to_string(), "usable".to_owned()]);
     }
     println!("{table}");

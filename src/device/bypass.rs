@@ -9,7 +9,7 @@ use super::endpoint::GroupTable;
 use crate::access::Access;
 use crate::host::{AfterFailure, HostError, HostErrorKind, HostGroup, IoPageTable};
 use crate::range::IovaRange;
-use crate::reserved::ReservedKind;
+use crate::reserved::{EndpointView, ReservedKind};
 
 impl VirtioIommu {
     /// Lets a group of which no member is attached reach guest memory as it is. If it cannot, it is blocked.
@@ -69,7 +69,7 @@ impl VirtioIommu {
     pub(super) fn ram_in_reserved(&self, group: usize) -> Option<IovaRange> {
         let views = self.group(group).members().iter().filter_map(|id| Some(&self.endpoints.get(id)?.view));
         let mut reserved = views
-            .flat_map(|view| view.reported())
+            .flat_map(EndpointView::reported)
             .filter(|region| region.kind == ReservedKind::Reserved)
             .map(|region| region.range);
         reserved.find_map(|range| self.ram.regions().iter().find_map(|region| region.identity().intersection(range)))

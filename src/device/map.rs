@@ -40,10 +40,10 @@ impl VirtioIommu {
         // No status is named for one that is not; this one says that an address cannot be reached.
         let length = iova.length().ok_or(Status::Range)?;
         let segments = self.ram.segments(mapping.physical, length).ok_or(Status::Fault)?;
-        if !access.is_none() {
-            if let Err(failure) = self.map_on_host(domain, iova, &segments, access) {
-                return Err(self.map_failed(domain, iova, access, &failure));
-            }
+        if !access.is_none()
+            && let Err(failure) = self.map_on_host(domain, iova, &segments, access)
+        {
+            return Err(self.map_failed(domain, iova, access, &failure));
         }
         if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
             space.mappings.insert(mapping);

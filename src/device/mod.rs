@@ -63,8 +63,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// How many properties fit a PROBE reply by default.
-    const DEFAULT_PROPERTIES: u32 = 64;
+    /// Room for 64 properties.
+    const DEFAULT_PROBE_SIZE: u32 = 64 * 24;
 
     /// Defaults for a device that can map these addresses in pages of `granule` bytes, a power of two.
     pub const fn new(input_range: IovaRange, granule: u64) -> Self {
@@ -72,7 +72,7 @@ impl Settings {
             input_range,
             granule,
             domain_range: 0..=u32::MAX,
-            probe_size: Self::DEFAULT_PROPERTIES * spec::RESV_MEM_SIZE as u32,
+            probe_size: Self::DEFAULT_PROBE_SIZE,
             boot_bypass: true,
             access_platform: false,
             max_domains: 4096,

@@ -57,12 +57,13 @@ const RESET_PATIENCE: Duration = Duration::from_millis(100);
 const MOST_RANGES: u32 = 4096;
 
 const fn iommufd_opcode(command: u32) -> Opcode {
-    opcode::none(IOMMUFD_TYPE, command as u8)
+    let [number, ..] = command.to_le_bytes();
+    opcode::none(IOMMUFD_TYPE, number)
 }
 
-const fn vfio_opcode(number: u8) -> Opcode {
+const fn vfio_opcode(number: u32) -> Opcode {
     // VFIO_TYPE is the same character as IOMMUFD_TYPE.
-    opcode::none(IOMMUFD_TYPE, VFIO_BASE as u8 + number)
+    iommufd_opcode(VFIO_BASE + number)
 }
 
 /// Passes a structure to a file that takes it with this code, and returns what the file wrote into it.
@@ -77,7 +78,13 @@ unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) ->
 }
 
 const fn size<T>() -> u32 {
-    size_of::<T>() as u32
+    size_before(size_of::<T>())
+}
+
+/// The size of a structure up to a field that kernels before it did not know.
+#[expect(clippy::cast_possible_truncation, reason = "structures of the kernel's interface have tens of bytes")]
+const fn size_before(offset: usize) -> u32 {
+    offset as u32
 }
 
 fn failed(errno: Errno, action: impl Into<String>, kind: HostErrorKind) -> HostError {
@@ -139,8 +146,7 @@ impl VfioDevice {
     /// The device is in use, its group is not VFIO's alone, or the platform forbids it.
     pub fn bind(&self, iommufd: &Iommufd) -> Result<(), HostError> {
         let mut argument = vfio_device_bind_iommufd {
-            // Up to what a kernel before the token was added knows.
-            argsz: offset_of!(vfio_device_bind_iommufd, token_uuid_ptr) as u32,
+            argsz: size_before(offset_of!(vfio_device_bind_iommufd, token_uuid_ptr)),
             iommufd: iommufd.file.as_raw_fd(),
             ..Default::default()
         };
@@ -158,7 +164,7 @@ impl VfioDevice {
         let started = Instant::now();
         loop {
             let mut argument = vfio_device_attach_iommufd_pt {
-                argsz: offset_of!(vfio_device_attach_iommufd_pt, pasid) as u32,
+                argsz: size_before(offset_of!(vfio_device_attach_iommufd_pt, pasid)),
                 pt_id: ioas.id,
                 ..Default::default()
             };
@@ -201,7 +207,7 @@ impl VfioDevice {
     /// gone, has nothing to be detached from.
     pub fn detach(&self) {
         let mut argument = vfio_device_detach_iommufd_pt {
-            argsz: offset_of!(vfio_device_detach_iommufd_pt, pasid) as u32,
+            argsz: size_before(offset_of!(vfio_device_detach_iommufd_pt, pasid)),
             ..Default::default()
         };
         // SAFETY: the structure has no addresses.
@@ -318,15 +324,16 @@ impl IoPageTable for Ioas {
 
     fn constraints(&self) -> Result<Constraints, HostError> {
         let mut ranges: Vec<iommu_iova_range> = Vec::new();
+        let mut count = 0;
         loop {
             let mut argument = iommu_ioas_iova_ranges {
                 size: size::<iommu_ioas_iova_ranges>(),
                 ioas_id: self.id,
-                num_iovas: ranges.len() as u32,
+                num_iovas: count,
                 allowed_iovas: ranges.as_mut_ptr().expose_provenance() as u64,
                 ..Default::default()
             };
-            // SAFETY: the address is that of `num_iovas` structures of the kind the kernel writes there.
+            // SAFETY: the address is that of `num_iovas` structures of the kind that the kernel writes there.
             let result = unsafe { call::<IOAS_IOVA_RANGES, _>(self.iommufd.file.as_fd(), &mut argument) };
             match result {
                 Ok(()) => {
@@ -335,10 +342,9 @@ impl IoPageTable for Ioas {
                     return Ok(Constraints { usable, granule: argument.out_iova_alignment });
                 }
                 // There are more than that: the kernel says how many.
-                Err(Errno::MSGSIZE)
-                    if (ranges.len() as u32) < argument.num_iovas && argument.num_iovas <= MOST_RANGES =>
-                {
-                    ranges.resize(argument.num_iovas as usize, iommu_iova_range::default());
+                Err(Errno::MSGSIZE) if count < argument.num_iovas && argument.num_iovas <= MOST_RANGES => {
+                    count = argument.num_iovas;
+                    ranges.resize(count as usize, iommu_iova_range::default());
                 }
                 Err(errno) => return Err(failed(errno, "IOMMU_IOAS_IOVA_RANGES", HostErrorKind::Other)),
             }

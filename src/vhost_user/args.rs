@@ -58,7 +58,7 @@ pub struct Arguments {
     #[arg(long, value_name = "keep|reset", default_value = "keep")]
     pub on_stop: OnStop,
 
-    /// Offer VIRTIO_F_ACCESS_PLATFORM.
+    /// Offer `VIRTIO_F_ACCESS_PLATFORM`: for machines that translate or restrict the device's own memory accesses.
     #[arg(long)]
     pub access_platform: bool,
 

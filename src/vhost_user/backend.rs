@@ -27,7 +27,7 @@ const LARGEST_QUEUE: usize = 1024;
 /// How many requests are handled before the rings' state is looked at again.
 const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
-pub(super) const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT as u16 + 1;
+pub(super) const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringMutex<Memory>;
@@ -211,7 +211,7 @@ impl VhostUserBackend for IommuBackend {
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        spec::QUEUE_COUNT
+        usize::from(spec::QUEUE_COUNT)
     }
 
     fn max_queue_size(&self) -> usize {

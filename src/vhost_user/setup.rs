@@ -134,7 +134,7 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     let settings = settings(arguments, &plan);
     let endpoints = assigned.iter().map(|assigned| assigned.id).zip(plan.views).collect();
     let groups = match iommufd {
-        Some(Adopted { file, .. }) => form_groups(Arc::new(Iommufd::new(file)), assigned),
+        Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)), assigned),
         None => Vec::new(),
     };
     Ok(VirtioIommu::new(settings, endpoints, groups)?)
@@ -199,12 +199,12 @@ fn check_groups(sysfs: &Sysfs, assigned: &[Assigned]) -> Result<(), SetupError> 
     Ok(())
 }
 
-fn form_groups(iommufd: Arc<Iommufd>, assigned: Vec<Assigned>) -> Vec<Arc<dyn HostGroup>> {
+fn form_groups(iommufd: &Arc<Iommufd>, assigned: Vec<Assigned>) -> Vec<Arc<dyn HostGroup>> {
     let mut groups: BTreeMap<u32, Vec<(EndpointId, VfioDevice)>> = BTreeMap::new();
     for Assigned { id, device, group, .. } in assigned {
         groups.entry(group.number).or_default().push((id, device));
     }
-    let group = |devices| -> Arc<dyn HostGroup> { Arc::new(IommufdGroup::shared(Arc::clone(&iommufd), devices)) };
+    let group = |devices| -> Arc<dyn HostGroup> { Arc::new(IommufdGroup::shared(Arc::clone(iommufd), devices)) };
     groups.into_values().map(group).collect()
 }
 

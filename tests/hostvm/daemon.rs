@@ -63,7 +63,7 @@ impl Daemon {
     }
 
     fn pid(&self) -> Pid {
-        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+        Pid::from_raw(self.child.id().cast_signed())
     }
 
     /// How much memory the kernel has pinned for the daemon.

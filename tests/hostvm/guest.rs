@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A stock Linux guest under a stock QEMU, with an NVMe disk assigned to it, behind the daemon.
+//! A stock Linux guest under a stock QEMU, with a disk assigned to it, behind the daemon.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -53,13 +53,13 @@ impl Guest {
         for file in [&iommufd_file, &device_file] {
             inheritable(file, true);
         }
-        let mut vmm = qemu(&daemon, &iommufd_file, &device_file, append).spawn().unwrap();
+        let mut process = qemu(&daemon, &iommufd_file, &device_file, append).spawn().unwrap();
         for file in [&iommufd_file, &device_file] {
             inheritable(file, false);
         }
-        let console = read_console(vmm.stdout.take().unwrap());
+        let console = read_console(process.stdout.take().unwrap());
         let iommufd = Arc::new(Iommufd::new(iommufd_file.into()));
-        Self { iommufd, daemon, vmm, console, seen: Vec::new() }
+        Self { iommufd, daemon, vmm: process, console, seen: Vec::new() }
     }
 
     /// Waits for a line of the guest that has this text in it.

@@ -4,6 +4,7 @@
 //! are left out.
 
 #![cfg(feature = "daemon")]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -12,7 +12,7 @@ use virtio_iommu::id::PciAddress;
 
 /// Vendor and device number of QEMU's `edu` device, as sysfs writes them.
 pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
-/// Of its NVMe disk.
+/// Of its disk.
 pub const NVME: (&str, &str) = ("0x1b36", "0x0010");
 
 /// The first device of a kind.
@@ -39,11 +39,8 @@ pub fn bind_to_vfio(address: PciAddress) {
 
 /// Opens a file for reading and writing.
 pub fn open(path: impl AsRef<Path>) -> File {
-    File::options()
-        .read(true)
-        .write(true)
-        .open(path.as_ref())
-        .unwrap_or_else(|error| panic!("{:?}: {error}", path.as_ref()))
+    let path = path.as_ref();
+    File::options().read(true).write(true).open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Opens the VFIO device file of a device.

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+CARGO ?= cargo
+FEATURES = queue iommufd acpi test-utils
+
+.PHONY: all test check unit hostvm features
+
+all:
+	$(CARGO) build --release
+
+# Everything. The host VM's pieces are fetched once; see tests/hostvm/run.
+test: check unit hostvm
+	@echo "test: OK"
+
+check:
+	@echo "check: format, lints, documentation"
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --quiet --all-targets --all-features -- -D warnings
+	@$(CARGO) clippy --quiet --all-targets --no-default-features -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --no-deps --all-features
+	@sh tests/bare-dependencies
+	@$(MAKE) --no-print-directory features
+
+# Every combination of features builds without a warning.
+features:
+	@sh tests/feature-combinations $(FEATURES)
+
+unit:
+	@echo "unit: tests that need no host"
+	@$(CARGO) test --quiet --all-features
+	@$(CARGO) test --quiet --no-default-features
+
+hostvm:
+	@sh tests/hostvm/run

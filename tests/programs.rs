@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The two programs from outside: exit codes, messages, signals, what they leave behind.
+
+#![cfg(feature = "daemon")]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Machine, guest_memory};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::io::{FdFlags, fcntl_setfd};
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+const CONTROL: &str = env!("CARGO_BIN_EXE_viommuctl");
+
+struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// A daemon without endpoints, which listens.
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let child = daemon(&socket, &["--input-range=0-ffffffff"]).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            assert!(Instant::now() < deadline, "the daemon does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self { child, socket, _directory: directory }
+    }
+
+    /// A daemon with a frontend.
+    fn start_and_connect() -> (Self, Machine) {
+        let daemon = Self::start();
+        let mut machine = Machine::connect(&daemon.socket, guest_memory(0x20_0000));
+        machine.start();
+        assert_eq!(machine.config()[16..24], 0xffff_ffffu64.to_le_bytes());
+        (daemon, machine)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Waits for its end: the exit code and what it said.
+    fn end(mut self) -> (i32, String) {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!self.socket.exists(), "the socket is removed");
+        let output = self.child.wait_with_output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    }
+}
+
+fn daemon(socket: &Path, options: &[&str]) -> Command {
+    let mut command = Command::new(DAEMON);
+    command.arg("--socket-path").arg(socket).args(options);
+    command
+}
+
+fn run(command: &mut Command) -> (i32, String) {
+    let Output { status, stderr, .. } = command.stderr(Stdio::piped()).output().unwrap();
+    (status.code().unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn a_signal_ends_a_daemon_that_waits() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let daemon = Daemon::start();
+        daemon.signal(signal);
+        let (code, log) = daemon.end();
+        assert_eq!(code, 0, "{log}");
+    }
+}
+
+#[test]
+fn a_signal_ends_a_daemon_that_serves() {
+    let (daemon, _machine) = Daemon::start_and_connect();
+    daemon.signal(Signal::SIGTERM);
+    let (code, log) = daemon.end();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
+fn a_frontend_that_goes_ends_the_daemon_well() {
+    let (daemon, machine) = Daemon::start_and_connect();
+    drop(machine);
+    let (code, log) = daemon.end();
+    assert_eq!(code, 0, "{log}");
+}
+
+#[test]
+fn a_frontend_that_breaks_the_protocol_ends_the_daemon_with_4() {
+    let daemon = Daemon::start();
+    UnixStream::connect(&daemon.socket).unwrap().write_all(&[0xff; 64]).unwrap();
+    let (code, log) = daemon.end();
+    assert_eq!(code, 4, "{log}");
+    assert!(log.contains("broke the protocol"), "{log}");
+}
+
+#[test]
+fn what_cannot_be_served_is_said_before_there_is_a_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let null = File::open("/dev/null").unwrap();
+    fcntl_setfd(&null, FdFlags::empty()).unwrap();
+    let fd = null.as_raw_fd();
+    let facts = directory.path().join("facts.json");
+    fs::write(&facts, "{ \"endpoints\": [\n{} ] }").unwrap();
+    let facts = format!("--facts={}", facts.display());
+    let iommufd = format!("--iommufd-fd={fd}");
+    let endpoint = format!("--endpoint=id=00:03.0,cdev-fd={fd}");
+    for (options, code, text) in [
+        (&[][..], 2, "an input range must be given"),
+        (&[iommufd.as_str()][..], 2, "is /dev/null, not /dev/iommu"),
+        (&["--iommufd-fd=999"][..], 3, "fd 999 is not open"),
+        (&["--iommufd-fd=1"][..], 2, "standard input"),
+        (&[endpoint.as_str()][..], 2, "--iommufd-fd"),
+        (&["--endpoint=id=3"][..], 2, "`3` is not a PCI address"),
+        (&[facts.as_str()][..], 2, "missing field `id` at line 2"),
+        (&["--facts=/nowhere"][..], 2, "cannot access /nowhere"),
+        (&["--input-range=1-0"][..], 2, "ends before it starts"),
+        (&["--input-range=0-fff0"][..], 2, "does not fit the input range"),
+    ] {
+        let (found, said) = run(&mut daemon(&socket, options));
+        assert_eq!(found, code, "{options:?}: {said}");
+        assert!(said.contains(text), "{options:?}: {said}");
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn a_socket_path_that_is_taken_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, "precious").unwrap();
+    let (code, said) = run(&mut daemon(&file, &["--input-range=0-ffffffff"]));
+    assert_eq!(code, 2);
+    assert!(said.contains("is not a socket"), "{said}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+
+    let live = directory.path().join("live");
+    let _listener = UnixListener::bind(&live).unwrap();
+    let (code, said) = run(&mut daemon(&live, &["--input-range=0-ffffffff"]));
+    assert_eq!(code, 2);
+    assert!(said.contains("in use by another process"), "{said}");
+}
+
+#[test]
+fn viot_is_written_or_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("viot.bin");
+    let viot = |endpoints: &str| {
+        let mut command = Command::new(CONTROL);
+        command.args(["viot", "--iommu", "00:01.0", "--endpoints", endpoints, "-o"]).arg(&output);
+        run(&mut command)
+    };
+    assert_eq!(viot("00:01.0").0, 2);
+    assert!(!output.exists());
+    assert_eq!(viot("00:03.0,00:04.0"), (0, String::new()));
+    assert_eq!(fs::read(&output).unwrap().len(), 112);
+}
+
+#[test]
+fn inspecting_what_is_not_there_is_a_matter_of_the_host() {
+    let (code, said) = run(Command::new(CONTROL).args(["inspect", "ffff:ff:1f.7"]));
+    assert_eq!(code, 3);
+    assert!(said.contains("there is no PCI device ffff:ff:1f.7"), "{said}");
+}
