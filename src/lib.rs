@@ -57,6 +57,7 @@
 //! | [`queue`] | virtqueues |
 //! | [`vhost_user`] | the daemon |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU |
+//! | [`launch`] | looking at a host, starting QEMU and the daemon together |
 //!
 //! # Threats
 //!
@@ -76,7 +77,7 @@ pub mod fd;
 pub mod host;
 pub mod id;
 #[cfg(feature = "daemon")]
-pub mod inspect;
+pub mod launch;
 pub mod memory;
 #[cfg(feature = "queue")]
 pub mod queue;

@@ -10,7 +10,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
 use virtio_iommu::id::{EndpointId, PciAddress};
-use virtio_iommu::inspect::{Inspection, inspect};
+use virtio_iommu::launch::check::{Question, check, with_causes};
+use virtio_iommu::launch::inspect::{Inspection, inspect};
+use virtio_iommu::launch::{Launch, Size, qemu};
 use virtio_iommu::range::RangeSet;
 use virtio_iommu::reserved::facts::FactsFile;
 use virtio_iommu::reserved::sysfs::Sysfs;
@@ -26,6 +28,49 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Says whether this host is ready to assign devices to a guest, and what to do where it is not.
+    ///
+    /// Exits with 0 if it is, with 3 if it is not. Idle devices are attached to an empty address space for a moment.
+    Check {
+        /// Addresses of the devices on the host, all for one guest.
+        #[arg(required = true, value_name = "BDF")]
+        devices: Vec<PciAddress>,
+        /// The QEMU that is to run the guest.
+        #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
+        qemu: PathBuf,
+        /// How much memory the guest is to have, to see whether enough of it can be locked.
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<Size>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs QEMU with devices assigned behind a virtio-iommu: checks, gathers facts, opens the files, starts the daemon and
+    /// becomes QEMU, with what it needs added to its command line. The daemon ends with QEMU.
+    Run {
+        /// Addresses of the devices on the host.
+        #[arg(required = true, value_name = "BDF")]
+        devices: Vec<PciAddress>,
+        /// Where the guest is to have each device, in the same order: by default 00:03.0, 00:04.0 and so on.
+        #[arg(long, value_name = "BDF", value_delimiter = ',')]
+        guest: Vec<PciAddress>,
+        /// Where the guest is to have the virtio-iommu.
+        #[arg(long, value_name = "BDF", default_value = "00:01.0")]
+        iommu: PciAddress,
+        /// The daemon's program: by default vhost-device-iommu beside this one.
+        #[arg(long, value_name = "PATH")]
+        daemon: Option<PathBuf>,
+        /// Where facts, table, socket and the daemon's log are put: by default a new directory for this process in
+        /// $XDG_RUNTIME_DIR or /tmp.
+        #[arg(long, value_name = "DIR")]
+        directory: Option<PathBuf>,
+        /// Do nothing, and print the lines that a shell could run instead.
+        #[arg(long)]
+        print: bool,
+        /// QEMU and its arguments. `@IOMMU@` marks where to add to them; by default at the end.
+        #[arg(last = true, required = true, value_name = "QEMU ARGUMENTS")]
+        qemu: Vec<String>,
+    },
     /// Shows what the host says of devices: their groups, reserved regions, usable addresses.
     ///
     /// A device that is bound to vfio-pci and idle is attached to an empty address space for a moment.
@@ -59,6 +104,11 @@ struct Failure(u8, Box<dyn Error>);
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Check { devices, qemu, memory, json } => run_check(&Question { devices, qemu, memory }, json),
+        Command::Run { devices, guest, iommu, daemon, directory, print, qemu } => {
+            let launch = make_launch(&devices, guest, iommu, daemon, directory, qemu);
+            launch.and_then(|launch| run_launch(&launch, print))
+        }
         Command::Inspect { devices, facts_out, json } => run_inspect(&devices, facts_out, json),
         Command::Viot { iommu, endpoints, output } => run_viot(iommu, &endpoints, &output),
     };
@@ -71,14 +121,59 @@ fn main() -> ExitCode {
     }
 }
 
-fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
+fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
+    let report = check(&Sysfs::new("/sys"), question);
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?);
+    } else {
+        println!("{report}");
     }
-    text
+    if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
+}
+
+fn make_launch(
+    devices: &[PciAddress],
+    mut guest: Vec<PciAddress>,
+    iommu: PciAddress,
+    daemon: Option<PathBuf>,
+    directory: Option<PathBuf>,
+    qemu: Vec<String>,
+) -> Result<Launch, Failure> {
+    if guest.is_empty() {
+        let slots = (3..).take(devices.len()).map(|slot: usize| format!("00:{slot:02x}.0").parse());
+        guest = slots.collect::<Result<_, _>>().map_err(|error| Failure(2, error.into()))?;
+    }
+    if guest.len() != devices.len() {
+        return Err(Failure(2, "give as many --guest addresses as devices".into()));
+    }
+    let beside = std::env::current_exe().ok().map(|program| program.with_file_name("vhost-device-iommu"));
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    Ok(Launch {
+        devices: devices.iter().copied().zip(guest).collect(),
+        iommu,
+        daemon: daemon.or(beside).unwrap_or_else(|| "vhost-device-iommu".into()),
+        directory: directory.unwrap_or_else(|| runtime.join(format!("virtio-iommu-{}", std::process::id()))),
+        qemu,
+    })
+}
+
+fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
+    let sysfs = Sysfs::new("/sys");
+    if print {
+        let lines = launch.lines(&sysfs).map_err(|error| Failure(error.exit_code(), error.into()))?;
+        println!("{lines}");
+        return Ok(());
+    }
+    let memory = qemu::memory(&launch.qemu).map_err(|error| Failure(2, error.into()))?;
+    let program = launch.qemu.first().map(PathBuf::from).unwrap_or_default();
+    let devices = launch.devices.iter().map(|(host, _)| *host).collect();
+    let report = check(&sysfs, &Question { devices, qemu: program, memory });
+    if !report.ready {
+        eprintln!("{report}");
+        return Err(Failure(3, "this host is not ready: see above".into()));
+    }
+    let error = launch.start(&sysfs);
+    Err(Failure(error.exit_code(), error.into()))
 }
 
 fn run_inspect(devices: &[PciAddress], facts_out: Option<PathBuf>, json: bool) -> Result<(), Failure> {

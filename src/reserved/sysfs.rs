@@ -102,6 +102,12 @@ impl Sysfs {
         })
     }
 
+    /// Whether a group is one that VFIO made up for a device without an IOMMU (`enable_unsafe_noiommu_mode`).
+    pub fn is_noiommu(&self, group: u32) -> bool {
+        let name = self.root.join("kernel/iommu_groups").join(group.to_string()).join("name");
+        fs::read_to_string(name).is_ok_and(|name| name.trim() == "vfio-noiommu")
+    }
+
     /// The name of the driver that a device is bound to.
     ///
     /// # Errors

@@ -43,6 +43,13 @@ pub enum ViotError {
     NotOnRootBus(PciAddress),
 }
 
+impl From<PciAddress> for PciFunctions {
+    /// A single function.
+    fn from(address: PciAddress) -> Self {
+        Self { first: address, last: address }
+    }
+}
+
 impl FromStr for PciFunctions {
     type Err = ViotError;
 

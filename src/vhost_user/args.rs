@@ -66,6 +66,10 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1 << 20)]
     pub max_mappings: usize,
 
+    /// End when the process that started this one ends, whether or not a frontend is there.
+    #[arg(long)]
+    pub exit_with_parent: bool,
+
     /// How much to log: error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,

@@ -62,6 +62,9 @@ impl ServeError {
 ///
 /// [`ServeError`]
 pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
+    if arguments.exit_with_parent {
+        follow_parent().map_err(ServeError::Events)?;
+    }
     let device = build_device(arguments)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let options = BackendOptions { on_stop: arguments.on_stop };
@@ -78,6 +81,17 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     let statistics = backend.shut_down();
     info!("every endpoint is blocked; {statistics}");
     result
+}
+
+/// Asks for SIGTERM when the parent ends.
+fn follow_parent() -> io::Result<()> {
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    // It may have ended before.
+    if rustix::process::getppid() != parent {
+        return Err(io::Error::other("the process that started this one is gone"));
+    }
+    Ok(())
 }
 
 fn serve_frontend(

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Is this host ready to assign these devices? One finding for each thing that must be so, with a remedy for each that is
+//! not.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
+
+use super::inspect::inspect;
+use super::size::Size;
+use crate::id::PciAddress;
+use crate::reserved::sysfs::{IommuGroup, Sysfs};
+use crate::reserved::{HostRegion, HostRegionKind};
+
+/// The device of QEMU that a vhost-user backend of any kind can be behind.
+pub(super) const QEMU_DEVICE: &str = "vhost-user-test-device-pci";
+
+/// What is to be checked.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The devices that are to be assigned to one guest.
+    pub devices: Vec<PciAddress>,
+    /// The QEMU that is to run it.
+    pub qemu: PathBuf,
+    /// How much memory the guest is to have, if that is known.
+    pub memory: Option<Size>,
+}
+
+/// How a finding bears on the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it must be.
+    Ok,
+    /// Not known, or not as it should be; it may work.
+    Warning,
+    /// It will not work.
+    No,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How it bears on the answer.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+/// The findings for one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DeviceReport {
+    /// The device.
+    pub device: String,
+    /// Whether it can be assigned.
+    pub ready: bool,
+    /// What was looked at.
+    pub findings: Vec<Finding>,
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Whether everything is ready.
+    pub ready: bool,
+    /// What concerns all devices.
+    pub host: Vec<Finding>,
+    /// What concerns each device.
+    pub devices: Vec<DeviceReport>,
+}
+
+impl Finding {
+    fn ok(found: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Ok, found: found.into(), remedy: None }
+    }
+
+    fn warning(found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Warning, found: found.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn no(found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { verdict: Verdict::No, found: found.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+fn all_well(findings: &[Finding]) -> bool {
+    findings.iter().all(|finding| finding.verdict != Verdict::No)
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = match self.verdict {
+            Verdict::Ok => "ok  ",
+            Verdict::Warning => "warn",
+            Verdict::No => "NO  ",
+        };
+        write!(f, "  {mark} {}", self.found)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "\n       -> {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "host")?;
+        for finding in &self.host {
+            writeln!(f, "{finding}")?;
+        }
+        for device in &self.devices {
+            let verdict = if device.ready { "ready" } else { "NOT ready" };
+            writeln!(f, "{}: {verdict}", device.device)?;
+            for finding in &device.findings {
+                writeln!(f, "{finding}")?;
+            }
+        }
+        f.write_str(if self.ready { "ready" } else { "NOT ready" })
+    }
+}
+
+/// Looks at the host. Devices that are idle are attached to an empty address space for a moment.
+pub fn check(sysfs: &Sysfs, question: &Question) -> Report {
+    let host = vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory)];
+    let devices: Vec<_> = question.devices.iter().map(|device| check_device(sysfs, *device, question)).collect();
+    let ready = all_well(&host) && devices.iter().all(|device| device.ready);
+    Report { ready, host, devices }
+}
+
+fn check_iommufd() -> Finding {
+    match File::options().read(true).write(true).open("/dev/iommu") {
+        Ok(_) => Finding::ok("/dev/iommu can be opened"),
+        Err(error) => Finding::no(
+            format!("/dev/iommu cannot be opened: {error}"),
+            "load the module iommufd (Linux 6.2 or later with CONFIG_IOMMUFD), and run with access to /dev/iommu",
+        ),
+    }
+}
+
+fn check_qemu(qemu: &Path) -> Finding {
+    let run = |argument: &[&str]| Command::new(qemu).args(argument).output();
+    let remedy = format!("install QEMU 11.1 or later, or name it with --qemu: {QEMU_DEVICE} is needed");
+    let version = match run(&["--version"]) {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            text.lines().next().unwrap_or_default().to_owned()
+        }
+        Ok(output) => return Finding::no(format!("{} does not run: {}", qemu.display(), output.status), remedy),
+        Err(error) => return Finding::no(format!("{} cannot be run: {error}", qemu.display()), remedy),
+    };
+    let devices = run(&["-device", "help"]).map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    if devices.is_ok_and(|list| list.contains(QEMU_DEVICE)) {
+        Finding::ok(format!("{version} has {QEMU_DEVICE}"))
+    } else {
+        Finding::no(format!("{version} has no {QEMU_DEVICE}"), remedy)
+    }
+}
+
+fn check_memlock(memory: Option<Size>) -> Finding {
+    // include/uapi/linux/capability.h
+    const CAP_IPC_LOCK: u32 = 14;
+    if effective_capabilities().is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1) {
+        return Finding::ok("locked memory is not limited for this user (CAP_IPC_LOCK)");
+    }
+    let limit = getrlimit(Resource::Memlock).current;
+    let Some(limit) = limit else {
+        return Finding::ok("locked memory is not limited");
+    };
+    let Some(memory) = memory else {
+        let remedy = "give the guest's memory with --memory to see whether that is enough";
+        return Finding::warning(format!("locked memory is limited to {}", Size(limit)), remedy);
+    };
+    // The VMM's own table, the guest's memory once more while in bypass, and again as far as the guest maps it.
+    let needed = Size(memory.0.saturating_mul(3));
+    if limit >= needed.0 {
+        return Finding::ok(format!("{} of locked memory is enough for a guest of {memory}", Size(limit)));
+    }
+    Finding::no(
+        format!("locked memory is limited to {}, and a guest of {memory} may need {needed}", Size(limit)),
+        format!("raise the limit: `ulimit -l {}`, or LimitMEMLOCK={needed} in a systemd unit", needed.0 >> 10),
+    )
+}
+
+fn effective_capabilities() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(set.trim(), 16).ok()
+}
+
+fn check_device(sysfs: &Sysfs, device: PciAddress, question: &Question) -> DeviceReport {
+    let findings = device_findings(sysfs, device, question);
+    DeviceReport { device: device.to_string(), ready: all_well(&findings), findings }
+}
+
+fn device_findings(sysfs: &Sysfs, device: PciAddress, question: &Question) -> Vec<Finding> {
+    let group = match sysfs.group(device) {
+        Ok(group) => group,
+        Err(error) => return vec![Finding::no(error.to_string(), "choose a device of this host behind an IOMMU")],
+    };
+    let mut findings = vec![check_group_is_real(sysfs, &group), check_driver(sysfs, device)];
+    findings.extend(check_members(sysfs, device, &group, &question.devices));
+    findings.push(check_direct(&group));
+    findings.extend(check_software_msi(&group));
+    if all_well(&findings) {
+        findings.push(check_usable(sysfs, device));
+    }
+    findings
+}
+
+/// A device without an IOMMU has a group too, when VFIO is told to do without: nothing isolates it.
+fn check_group_is_real(sysfs: &Sysfs, group: &IommuGroup) -> Finding {
+    if sysfs.is_noiommu(group.number) {
+        return Finding::no(
+            format!("group {} is no IOMMU group: its DMA is not translated (vfio-noiommu)", group.number),
+            "turn the host's IOMMU on (intel_iommu=on, amd_iommu=on), and enable_unsafe_noiommu_mode off",
+        );
+    }
+    let count = group.members.len();
+    let devices = if count == 1 { "device" } else { "devices" };
+    Finding::ok(format!("IOMMU group {} with {count} {devices}", group.number))
+}
+
+fn check_driver(sysfs: &Sysfs, device: PciAddress) -> Finding {
+    let remedy = format!("bind it: driverctl set-override {device} vfio-pci, or with sysfs' driver_override");
+    match sysfs.driver(device) {
+        Ok(Some(driver)) if driver == "vfio-pci" => match sysfs.vfio_node(device) {
+            Ok(Some(node)) => Finding::ok(format!("bound to vfio-pci, as /dev/vfio/devices/{node}")),
+            _ => Finding::no(
+                "bound to vfio-pci, without a VFIO device file",
+                "use a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later)",
+            ),
+        },
+        Ok(Some(driver)) => Finding::no(format!("bound to {driver}"), remedy),
+        Ok(None) => Finding::no("bound to no driver", remedy),
+        Err(error) => Finding::no(error.to_string(), remedy),
+    }
+}
+
+/// The other devices of the group: those that VFIO has must be assigned too, and no other driver may have one.
+fn check_members(sysfs: &Sysfs, device: PciAddress, group: &IommuGroup, given: &[PciAddress]) -> Vec<Finding> {
+    // drivers/vfio/group.c and the drivers that set driver_managed_dma: these do no DMA of their own.
+    const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
+    let mut findings = Vec::new();
+    for member in group.members.iter().filter(|member| **member != device && !given.contains(member)) {
+        let Ok(Some(driver)) = sysfs.driver(*member) else { continue };
+        if driver.starts_with("vfio") {
+            findings.push(Finding::no(
+                format!("{member} is in the same group and bound to {driver}, but is not assigned"),
+                format!("assign {member} too, or unbind it"),
+            ));
+        } else if !HARMLESS.contains(&driver.as_str()) {
+            findings.push(Finding::no(
+                format!("{member} is in the same group and in use by the host ({driver})"),
+                format!("bind {member} to vfio-pci and assign it too, or unbind it"),
+            ));
+        }
+    }
+    findings
+}
+
+fn check_direct(group: &IommuGroup) -> Finding {
+    let mut regions = group.reserved_regions.iter().flatten();
+    match regions.find(|region| region.kind == HostRegionKind::Direct) {
+        None => Finding::ok("no region must stay mapped to itself"),
+        Some(HostRegion { range, .. }) => Finding::no(
+            format!("the firmware wants {range} mapped to itself at all times (`direct`): VFIO refuses the device"),
+            "ask the platform's vendor, or assign another device",
+        ),
+    }
+}
+
+/// Before Linux 6.15 a device whose MSI doorbell is mapped by software could not change its address space.
+fn check_software_msi(group: &IommuGroup) -> Option<Finding> {
+    const SOFTWARE_MSI: (u64, u64) = (0x0800_0000, 0x080f_ffff);
+    let is_software = |region: &&HostRegion| {
+        region.kind == HostRegionKind::Msi && (region.range.start(), region.range.last()) == SOFTWARE_MSI
+    };
+    group.reserved_regions.iter().flatten().find(is_software)?;
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    match kernel_version(&release) {
+        Some(version) if version >= (6, 15) => None,
+        Some(_) => Some(Finding::no(
+            format!(
+                "Linux {release} maps the group's MSI doorbell once and for all: interrupts end when a guest attaches"
+            ),
+            "use Linux 6.15 or later",
+        )),
+        None => Some(Finding::warning(
+            format!("Linux {release} may lose interrupts when a guest attaches"),
+            "use Linux 6.15 or later",
+        )),
+    }
+}
+
+/// Major and minor number of a release such as `6.12.48-amd64`.
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|character: char| !character.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn check_usable(sysfs: &Sysfs, device: PciAddress) -> Finding {
+    match inspect(sysfs, device) {
+        Err(error) => Finding::no(error.to_string(), "see the message"),
+        Ok(inspection) => match (inspection.usable_unknown, inspection.facts.usable) {
+            (None, Some(usable)) => Finding::ok(format!("can be attached; usable: {usable}")),
+            (Some(reason), _) => Finding::no(
+                format!("cannot be attached: {}", with_causes(&reason)),
+                "end whatever uses the device; the kernel's log (dmesg) may say more",
+            ),
+            (None, None) => Finding::no("cannot be attached", "see the kernel's log (dmesg)"),
+        },
+    }
+}
+
+/// An error with its causes, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A sysfs with 0000:01:00.0 and .1 in group 12.
+    fn tree(drivers: [&str; 2], regions: &str, name: Option<&str>) -> (tempfile::TempDir, Sysfs) {
+        let directory = tempfile::tempdir().unwrap();
+        let group = directory.path().join("kernel/iommu_groups/12");
+        fs::create_dir_all(group.join("devices")).unwrap();
+        fs::write(group.join("reserved_regions"), regions).unwrap();
+        if let Some(name) = name {
+            fs::write(group.join("name"), name).unwrap();
+        }
+        for (function, driver) in ["0000:01:00.0", "0000:01:00.1"].iter().zip(drivers) {
+            let device = directory.path().join("bus/pci/devices").join(function);
+            fs::create_dir_all(device.join("vfio-dev/vfio7")).unwrap();
+            symlink("../../../../kernel/iommu_groups/12", device.join("iommu_group")).unwrap();
+            if !driver.is_empty() {
+                symlink(Path::new("../../drivers").join(driver), device.join("driver")).unwrap();
+            }
+            fs::write(group.join("devices").join(function), "").unwrap();
+        }
+        let sysfs = Sysfs::new(directory.path());
+        (directory, sysfs)
+    }
+
+    fn noes(drivers: [&str; 2], regions: &str, name: Option<&str>, given: &[&str]) -> Vec<String> {
+        let (_tree, sysfs) = tree(drivers, regions, name);
+        let devices: Vec<PciAddress> = given.iter().map(|text| text.parse().unwrap()).collect();
+        let question = Question { devices, qemu: PathBuf::new(), memory: None };
+        let findings = device_findings(&sysfs, question.devices[0], &question);
+        assert!(findings.iter().all(|finding| (finding.verdict == Verdict::Ok) == finding.remedy.is_none()));
+        findings.into_iter().filter(|finding| finding.verdict == Verdict::No).map(|finding| finding.found).collect()
+    }
+
+    const MSI: &str = "0x00000000fee00000 0x00000000feefffff msi\n";
+
+    #[test]
+    fn each_thing_that_is_not_as_it_must_be_is_named() {
+        let first = &["0000:01:00.0"][..];
+        let both = &["0000:01:00.0", "0000:01:00.1"][..];
+        let one = |noes: Vec<String>, text: &str| {
+            assert_eq!(noes.len(), 1, "{noes:?}");
+            assert!(noes[0].contains(text), "{noes:?}");
+        };
+        one(noes(["nvme", ""], MSI, None, first), "bound to nvme");
+        one(noes(["", ""], MSI, None, first), "bound to no driver");
+        one(
+            noes(["vfio-pci", "vfio-pci"], MSI, None, first),
+            "0000:01:00.1 is in the same group and bound to vfio-pci",
+        );
+        one(noes(["vfio-pci", "e1000e"], MSI, None, first), "in use by the host (e1000e)");
+        one(noes(["vfio-pci", "pcieport"], "0x1000 0x1fff direct\n", None, first), "0x1000-0x1fff mapped to itself");
+        one(noes(["vfio-pci", ""], MSI, Some("vfio-noiommu\n"), first), "is no IOMMU group");
+        one(noes(["vfio-pci", ""], MSI, None, &["0000:02:00.0"]), "there is no PCI device 0000:02:00.0");
+        // Whatever else is well, this machine has no such device to attach.
+        one(noes(["vfio-pci", "vfio-pci"], MSI, None, both), "cannot be attached");
+        one(noes(["vfio-pci", "pcieport"], MSI, Some("other\n"), first), "cannot be attached");
+    }
+
+    #[test]
+    fn a_qemu_that_is_not_there_is_named() {
+        let finding = check_qemu(Path::new("/nowhere/qemu"));
+        assert_eq!(finding.verdict, Verdict::No);
+        assert!(finding.found.contains("/nowhere/qemu cannot be run"), "{finding}");
+    }
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert_eq!(kernel_version("6.12.48-amd64"), Some((6, 12)));
+        assert_eq!(kernel_version("7.3+"), Some((7, 3)));
+        assert!(kernel_version("6.9.0") < Some((6, 15)));
+        assert_eq!(kernel_version("next"), None);
+    }
+}

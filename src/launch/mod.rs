@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Before a guest runs: looking at the host, saying whether it is ready, starting QEMU and the daemon together.
+
+pub mod check;
+pub mod inspect;
+pub mod qemu;
+mod run;
+mod size;
+
+pub use run::{Launch, LaunchError};
+pub use size::{ParseSizeError, Size};

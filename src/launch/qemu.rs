@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What QEMU's command line needs for a guest behind the daemon.
+
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+
+use super::check::QEMU_DEVICE;
+use super::size::{ParseSizeError, Size};
+use crate::id::PciAddress;
+use crate::spec;
+
+/// Marks the place in a command line where the arguments go; without it they go to the end.
+pub const PLACE: &str = "@IOMMU@";
+
+/// What the arguments refer to.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// The table for the guest.
+    pub viot: PathBuf,
+    /// The number of the inherited `/dev/iommu`.
+    pub iommufd: RawFd,
+    /// Where the guest has the IOMMU.
+    pub iommu: PciAddress,
+    /// Where the guest has each device, and the number of its inherited file.
+    pub devices: Vec<(PciAddress, RawFd)>,
+}
+
+/// A command line that nothing can be added to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QemuError {
+    /// There is no command.
+    #[error("after `--`, give QEMU's command line")]
+    Empty,
+    /// How much memory the guest has is not said.
+    #[error("give the guest's memory with -m SIZE: it must be shared with the daemon")]
+    NoMemory,
+    /// Its size cannot be read.
+    #[error("-m")]
+    Memory(#[from] ParseSizeError),
+    /// The guest's memory cannot be shared.
+    #[error("the memory backend `{0}` is not shared: add share=on to its -object")]
+    NotShared(String),
+    /// A function is not where QEMU's root bus is.
+    #[error("{0} is not on bus 0 of segment 0, where the guest's devices are put")]
+    NotOnRootBus(PciAddress),
+}
+
+/// How much memory the guest is to have, by `-m`.
+///
+/// # Errors
+///
+/// [`QemuError::Memory`]
+pub fn memory(command: &[String]) -> Result<Option<Size>, QemuError> {
+    let Some(value) = values(command, &["-m"]).next() else {
+        return Ok(None);
+    };
+    let first = value.split(',').next().unwrap_or_default();
+    let size = first.strip_prefix("size=").unwrap_or(first);
+    Ok(Some(size.parse()?))
+}
+
+/// The command line with all that a guest behind the daemon needs.
+///
+/// # Errors
+///
+/// [`QemuError`]
+pub fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
+    if command.is_empty() {
+        return Err(QemuError::Empty);
+    }
+    let mut added = shared_memory(command)?;
+    added.extend(["-acpitable".to_owned(), format!("file={}", escape(&parts.viot))]);
+    added.extend(["-chardev".to_owned(), format!("socket,id=viommu,path={}", escape(&parts.socket))]);
+    let address = slot(parts.iommu)?;
+    let device = format!(
+        "{QEMU_DEVICE},addr={address},chardev=viommu,virtio-id={},num_vqs={},vq_size=256,config_size={}",
+        spec::DEVICE_ID,
+        spec::QUEUE_COUNT,
+        spec::config::SIZE
+    );
+    added.extend(["-device".to_owned(), device]);
+    added.extend(["-object".to_owned(), format!("iommufd,id=viommu-iommufd,fd={}", parts.iommufd)]);
+    for (index, (guest, fd)) in parts.devices.iter().enumerate() {
+        // QEMU 11.1 crashes on fd= without id=.
+        let device = format!("vfio-pci,id=viommu-device{index},fd={fd},iommufd=viommu-iommufd,addr={}", slot(*guest)?);
+        added.extend(["-device".to_owned(), device]);
+    }
+    Ok(match command.iter().position(|argument| argument == PLACE) {
+        Some(place) => {
+            let (before, after) = command.split_at(place);
+            before.iter().chain(&added).chain(after.iter().skip(1)).cloned().collect()
+        }
+        None => command.iter().chain(&added).cloned().collect(),
+    })
+}
+
+/// The values of options by these names.
+fn values<'a>(command: &'a [String], names: &'a [&str]) -> impl Iterator<Item = &'a str> {
+    let pairs = command.iter().zip(command.iter().skip(1));
+    pairs.filter(|(name, _)| names.contains(&name.as_str())).map(|(_, value)| value.as_str())
+}
+
+/// The value of a key in `a=b,c=d`.
+fn key<'a>(value: &'a str, key: &str) -> Option<&'a str> {
+    value.split(',').find_map(|part| part.strip_prefix(key)?.strip_prefix('='))
+}
+
+/// What is to be added so that the guest's memory is shared; nothing if it is.
+fn shared_memory(command: &[String]) -> Result<Vec<String>, QemuError> {
+    let machines = values(command, &["-machine", "-M"]).filter_map(|value| key(value, "memory-backend"));
+    let nodes = values(command, &["-numa"]).filter_map(|value| key(value, "memdev"));
+    let backends: Vec<&str> = machines.chain(nodes).collect();
+    for backend in &backends {
+        let mut objects = values(command, &["-object"]);
+        let shared = objects.any(|object| key(object, "id") == Some(backend) && key(object, "share") == Some("on"));
+        if !shared {
+            return Err(QemuError::NotShared((*backend).to_owned()));
+        }
+    }
+    if !backends.is_empty() {
+        return Ok(Vec::new());
+    }
+    let size = memory(command)?.ok_or(QemuError::NoMemory)?;
+    Ok(vec![
+        "-object".to_owned(),
+        format!("memory-backend-memfd,id=viommu-memory,size={size},share=on"),
+        "-machine".to_owned(),
+        "memory-backend=viommu-memory".to_owned(),
+    ])
+}
+
+/// A place on the root bus, as `addr=` has it.
+fn slot(address: PciAddress) -> Result<String, QemuError> {
+    if address.segment() != 0 || address.bus() != 0 {
+        return Err(QemuError::NotOnRootBus(address));
+    }
+    Ok(format!("{:x}.{:x}", address.device(), address.function()))
+}
+
+/// A path in a comma-separated value: QEMU wants commas doubled.
+fn escape(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// An argument as a shell reads it.
+pub fn quote(argument: &str) -> String {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:,@%+".contains(character);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        argument.to_owned()
+    } else {
+        format!("'{}'", argument.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts() -> Parts {
+        Parts {
+            socket: "/run/a,b/iommu.sock".into(),
+            viot: "/run/viot.bin".into(),
+            iommufd: 8,
+            iommu: "00:01.0".parse().unwrap(),
+            devices: vec![("00:03.0".parse().unwrap(), 9), ("00:1f.7".parse().unwrap(), 10)],
+        }
+    }
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(ToOwned::to_owned).collect()
+    }
+
+    fn make(text: &str) -> Result<String, QemuError> {
+        command(&words(text), &parts()).map(|command| command.join(" "))
+    }
+
+    const IOMMU: &str = "-acpitable file=/run/viot.bin -chardev socket,id=viommu,path=/run/a,,b/iommu.sock \
+        -device vhost-user-test-device-pci,addr=1.0,chardev=viommu,virtio-id=23,num_vqs=2,vq_size=256,config_size=40 \
+        -object iommufd,id=viommu-iommufd,fd=8 \
+        -device vfio-pci,id=viommu-device0,fd=9,iommufd=viommu-iommufd,addr=3.0 \
+        -device vfio-pci,id=viommu-device1,fd=10,iommufd=viommu-iommufd,addr=1f.7";
+
+    #[test]
+    fn memory_is_made_shared() {
+        let memory =
+            "-object memory-backend-memfd,id=viommu-memory,size=4G,share=on -machine memory-backend=viommu-memory";
+        let expected = format!("qemu -machine q35 -m 4G {memory} {IOMMU}");
+        assert_eq!(make("qemu -machine q35 -m 4G").unwrap(), expected);
+        assert!(make("qemu -m size=512M,slots=2").unwrap().contains("size=512M,share=on"));
+    }
+
+    #[test]
+    fn memory_that_is_shared_is_left_as_it_is() {
+        let line = "qemu -m 4G -M q35,memory-backend=ram -object memory-backend-memfd,id=ram,size=4G,share=on";
+        assert_eq!(make(line).unwrap(), format!("{line} {IOMMU}"));
+        let numa = "qemu -object memory-backend-memfd,share=on,id=a,size=4G -numa node,memdev=a";
+        assert_eq!(make(numa).unwrap(), format!("{numa} {IOMMU}"));
+    }
+
+    #[test]
+    fn the_place_can_be_said() {
+        let made = make("qemu -m 1G @IOMMU@ -device edu").unwrap();
+        assert!(made.starts_with("qemu -m 1G -object memory") && made.ends_with("addr=1f.7 -device edu"), "{made}");
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        assert_eq!(make(""), Err(QemuError::Empty));
+        assert_eq!(make("qemu"), Err(QemuError::NoMemory));
+        assert!(matches!(make("qemu -m lots"), Err(QemuError::Memory(_))));
+        let private = "qemu -m 4G -M memory-backend=ram -object memory-backend-ram,id=ram,size=4G";
+        assert_eq!(make(private), Err(QemuError::NotShared("ram".to_owned())));
+        let far = Parts { iommu: "01:01.0".parse().unwrap(), ..parts() };
+        assert!(matches!(command(&words("qemu -m 1G"), &far), Err(QemuError::NotOnRootBus(_))));
+    }
+
+    #[test]
+    fn arguments_are_quoted_for_a_shell() {
+        assert_eq!(quote("-m"), "-m");
+        assert_eq!(quote("console=ttyS0 quiet"), "'console=ttyS0 quiet'");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote(""), "''");
+    }
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon and QEMU, started together over the same files.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use super::check::with_causes;
+use super::inspect::inspect;
+use super::qemu::{self, Parts, QemuError, quote};
+use crate::id::{EndpointId, PciAddress};
+use crate::reserved::facts::{FactsError, FactsFile};
+use crate::reserved::sysfs::{Sysfs, SysfsError};
+use crate::topology::viot::{self, PciFunctions, ViotError};
+
+/// How long the daemon may take until it listens.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The number that the first file has in printed commands.
+const FIRST_PRINTED_FD: RawFd = 8;
+
+/// What is to be started.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The devices on the host, each with where the guest is to have it.
+    pub devices: Vec<(PciAddress, PciAddress)>,
+    /// Where the guest is to have the IOMMU.
+    pub iommu: PciAddress,
+    /// The daemon's program.
+    pub daemon: PathBuf,
+    /// Where files and the socket are put.
+    pub directory: PathBuf,
+    /// QEMU's command line.
+    pub qemu: Vec<String>,
+}
+
+/// Commands that cannot be made or started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// QEMU's command line.
+    #[error("QEMU's command line: {0}")]
+    Qemu(#[from] QemuError),
+    /// The guest's table.
+    #[error(transparent)]
+    Viot(#[from] ViotError),
+    /// The host does not tell.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
+    /// A device's facts are not known.
+    #[error("{device}: {reason}")]
+    NoFacts {
+        /// The device.
+        device: PciAddress,
+        /// Why.
+        reason: String,
+    },
+    /// The facts cannot be written.
+    #[error(transparent)]
+    Facts(#[from] FactsError),
+    /// A file cannot be had.
+    #[error("{}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The daemon did not come up.
+    #[error("{} did not start: see {}", .daemon.display(), .log.display())]
+    Daemon {
+        /// The program.
+        daemon: PathBuf,
+        /// What it said.
+        log: PathBuf,
+    },
+}
+
+impl LaunchError {
+    /// The exit code: 1 run time, 2 usage, 3 host.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Qemu(_) | Self::Viot(_) => 2,
+            Self::Sysfs(_) | Self::NoFacts { .. } => 3,
+            Self::Facts(_) | Self::File { .. } | Self::Daemon { .. } => 1,
+        }
+    }
+}
+
+/// The two commands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Commands {
+    daemon: Vec<String>,
+    qemu: Vec<String>,
+}
+
+impl Launch {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The commands, with files by these numbers: `/dev/iommu`, then each device.
+    fn commands(&self, iommufd: RawFd, devices: &[RawFd]) -> Result<Commands, LaunchError> {
+        let mut daemon = vec![self.daemon.display().to_string()];
+        daemon.extend(["--socket-path".to_owned(), self.path("iommu.sock").display().to_string()]);
+        daemon.extend(["--facts".to_owned(), self.path("facts.json").display().to_string()]);
+        daemon.push(format!("--iommufd-fd={iommufd}"));
+        for ((host, guest), fd) in self.devices.iter().zip(devices) {
+            daemon.push(format!("--endpoint=id={guest},cdev-fd={fd},host={host}"));
+        }
+        let parts = Parts {
+            socket: self.path("iommu.sock"),
+            viot: self.path("viot.bin"),
+            iommufd,
+            iommu: self.iommu,
+            devices: self.devices.iter().map(|(_, guest)| *guest).zip(devices.iter().copied()).collect(),
+        };
+        Ok(Commands { daemon, qemu: qemu::command(&self.qemu, &parts)? })
+    }
+
+    /// The guest's table.
+    fn viot(&self) -> Result<Vec<u8>, LaunchError> {
+        let functions: Vec<PciFunctions> = self.devices.iter().map(|(_, guest)| PciFunctions::from(*guest)).collect();
+        Ok(viot::table(self.iommu, &functions)?)
+    }
+
+    /// What [`start`](Self::start) would do, as lines for a shell.
+    ///
+    /// # Errors
+    ///
+    /// [`LaunchError`]
+    pub fn lines(&self, sysfs: &Sysfs) -> Result<String, LaunchError> {
+        self.viot()?;
+        let hosts: Vec<String> = self.devices.iter().map(|(host, _)| host.to_string()).collect();
+        let guests: Vec<String> = self.devices.iter().map(|(_, guest)| guest.to_string()).collect();
+        let facts = self.path("facts.json").display().to_string();
+        let table = self.path("viot.bin").display().to_string();
+        let mut lines = vec![format!("mkdir -p -m 700 {}", quote(&self.directory.display().to_string()))];
+        lines.push(format!("viommuctl inspect {} --facts-out {}", hosts.join(" "), quote(&facts)));
+        lines.push(format!(
+            "viommuctl viot --iommu {} --endpoints {} -o {}",
+            self.iommu,
+            guests.join(","),
+            quote(&table)
+        ));
+        let mut opened = format!("exec {FIRST_PRINTED_FD}<>/dev/iommu");
+        let mut numbers = Vec::new();
+        for ((host, _), number) in self.devices.iter().zip(FIRST_PRINTED_FD + 1..) {
+            let node = sysfs.vfio_node(*host)?.unwrap_or_else(|| "vfioN".to_owned());
+            opened.push_str(&format!(" {number}<>/dev/vfio/devices/{node}"));
+            numbers.push(number);
+        }
+        lines.push(opened);
+        let commands = self.commands(FIRST_PRINTED_FD, &numbers)?;
+        let shell = |command: &[String]| command.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" ");
+        lines.push(format!("{} &", shell(&commands.daemon)));
+        lines.push(format!(
+            "while [ ! -S {} ]; do sleep 0.1; done",
+            quote(&self.path("iommu.sock").display().to_string())
+        ));
+        lines.push(shell(&commands.qemu));
+        Ok(lines.join("\n"))
+    }
+
+    /// Gathers the facts, writes the guest's table, opens the files, starts the daemon, and becomes QEMU. Returns only
+    /// if that failed.
+    pub fn start(&self, sysfs: &Sysfs) -> LaunchError {
+        let Err(error) = self.try_start(sysfs);
+        error
+    }
+
+    fn try_start(&self, sysfs: &Sysfs) -> Result<std::convert::Infallible, LaunchError> {
+        // What is wrong with the arguments is said before anything is touched.
+        self.commands(0, &vec![0; self.devices.len()])?;
+        let table = self.viot()?;
+        let facts = self.gather_facts(sysfs)?;
+
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.directory).map_err(at(&self.directory))?;
+        facts.write(&self.path("facts.json"))?;
+        fs::write(self.path("viot.bin"), table).map_err(at(&self.path("viot.bin")))?;
+
+        let iommufd = open(Path::new("/dev/iommu"))?;
+        let devices = self.open_devices(sysfs)?;
+        let numbers: Vec<RawFd> = devices.iter().map(AsRawFd::as_raw_fd).collect();
+        let commands = self.commands(iommufd.as_raw_fd(), &numbers)?;
+        self.start_daemon(&commands.daemon)?;
+
+        let mut words = commands.qemu.iter();
+        let program = words.next().map(PathBuf::from).unwrap_or_default();
+        let source = Command::new(&program).args(words).exec();
+        // The daemon ends with this process.
+        Err(LaunchError::File { path: program, source })
+    }
+
+    fn gather_facts(&self, sysfs: &Sysfs) -> Result<FactsFile, LaunchError> {
+        let mut file = FactsFile::default();
+        for (device, _) in &self.devices {
+            let inspection = inspect(sysfs, *device)?;
+            if let Some(reason) = inspection.usable_unknown {
+                return Err(LaunchError::NoFacts { device: *device, reason: with_causes(&reason) });
+            }
+            file.devices.push((EndpointId::from(*device), inspection.facts));
+        }
+        Ok(file)
+    }
+
+    fn open_devices(&self, sysfs: &Sysfs) -> Result<Vec<File>, LaunchError> {
+        let mut files = Vec::new();
+        for (device, _) in &self.devices {
+            let reason = "it has no VFIO device file".to_owned();
+            let node = sysfs.vfio_node(*device)?.ok_or(LaunchError::NoFacts { device: *device, reason })?;
+            files.push(open(&Path::new("/dev/vfio/devices").join(node))?);
+        }
+        Ok(files)
+    }
+
+    /// Starts the daemon and waits until it listens.
+    fn start_daemon(&self, command: &[String]) -> Result<(), LaunchError> {
+        let log = self.path("daemon.log");
+        let output = File::create(&log).map_err(at(&log))?;
+        let mut child = Command::new(&self.daemon)
+            .args(command.iter().skip(1))
+            .arg("--exit-with-parent")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(output)
+            .spawn()
+            .map_err(at(&self.daemon))?;
+        let deadline = Instant::now() + PATIENCE;
+        while !self.path("iommu.sock").exists() {
+            if has_ended(&mut child) || Instant::now() > deadline {
+                let _ = child.kill();
+                return Err(LaunchError::Daemon { daemon: self.daemon.clone(), log });
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+fn has_ended(child: &mut Child) -> bool {
+    !matches!(child.try_wait(), Ok(None))
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
+    let path = path.to_owned();
+    |source| LaunchError::File { path, source }
+}
+
+/// Opens a file that children inherit.
+fn open(path: &Path) -> Result<File, LaunchError> {
+    let file = File::options().read(true).write(true).open(path).map_err(at(path))?;
+    fcntl_setfd(file.as_fd(), FdFlags::empty()).map_err(|errno| at(path)(errno.into()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_commands_name_the_same_files() {
+        let launch = Launch {
+            devices: vec![("01:00.0".parse().unwrap(), "00:03.0".parse().unwrap())],
+            iommu: "00:01.0".parse().unwrap(),
+            daemon: "/bin/vhost-device-iommu".into(),
+            directory: "/run/vm".into(),
+            qemu: ["qemu", "-m", "1G"].map(ToOwned::to_owned).to_vec(),
+        };
+        let Commands { daemon, qemu } = launch.commands(20, &[21]).unwrap();
+        let expected = "/bin/vhost-device-iommu --socket-path /run/vm/iommu.sock --facts /run/vm/facts.json --iommufd-fd=20 \
+                        --endpoint=id=0000:00:03.0,cdev-fd=21,host=0000:01:00.0";
+        assert_eq!(daemon.join(" "), expected);
+        let qemu = qemu.join(" ");
+        assert!(qemu.contains("path=/run/vm/iommu.sock") && qemu.contains("file=/run/vm/viot.bin"));
+        assert!(
+            qemu.contains("iommufd,id=viommu-iommufd,fd=20") && qemu.contains("fd=21,iommufd=viommu-iommufd,addr=3.0")
+        );
+    }
+}
