@@ -3,10 +3,14 @@
 CARGO ?= cargo
 FEATURES = queue iommufd acpi test-utils
 
-.PHONY: all test check unit hostvm features
+.PHONY: all demo test check unit hostvm features
 
 all:
 	$(CARGO) build --release
+
+# The whole path on one screen, in a host VM: no KVM and no IOMMU needed.
+demo:
+	@sh tests/hostvm/demo
 
 # Everything. The host VM's pieces are fetched once; see tests/hostvm/run.
 test: check unit hostvm

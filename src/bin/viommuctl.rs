@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
-use virtio_iommu::id::{EndpointId, PciAddress};
+use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check, with_causes};
 use virtio_iommu::launch::inspect::{Inspection, inspect};
 use virtio_iommu::launch::{Launch, Size, qemu};
@@ -61,7 +61,7 @@ enum Command {
         #[arg(long, value_name = "PATH")]
         daemon: Option<PathBuf>,
         /// Where facts, table, socket and the daemon's log are put: by default a new directory for this process in
-        /// $XDG_RUNTIME_DIR or /tmp.
+        /// `$XDG_RUNTIME_DIR` or /tmp.
         #[arg(long, value_name = "DIR")]
         directory: Option<PathBuf>,
         /// Do nothing, and print the lines that a shell could run instead.
@@ -140,8 +140,9 @@ fn make_launch(
     qemu: Vec<String>,
 ) -> Result<Launch, Failure> {
     if guest.is_empty() {
-        let slots = (3..).take(devices.len()).map(|slot: usize| format!("00:{slot:02x}.0").parse());
-        guest = slots.collect::<Result<_, _>>().map_err(|error| Failure(2, error.into()))?;
+        let slots = (3..).take(devices.len()).map(|slot: usize| format!("00:{slot:02x}.0"));
+        let addresses: Result<_, ParsePciAddressError> = slots.map(|text| text.parse()).collect();
+        guest = addresses.map_err(|error| Failure(2, error.into()))?;
     }
     if guest.len() != devices.len() {
         return Err(Failure(2, "give as many --guest addresses as devices".into()));

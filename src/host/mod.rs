@@ -140,13 +140,15 @@ impl HostErrorKind {
             Self::AlreadyMapped => "something is mapped there already, which is a bug of this device",
             Self::NoMemory => "out of memory, or over the limit on locked memory (raise RLIMIT_MEMLOCK)",
             Self::BadAddress => "guest memory cannot be reached",
-            Self::ReservedConflict => "the host reserves addresses for this group that the domain has mapped",
+            Self::ReservedConflict => {
+                "the host reserves addresses for this group that the domain has mapped: unmap them first"
+            }
             Self::NotBound => {
-                "the device is not bound to this iommufd: whoever drives it must bind it, by the same two files"
+                "the device is not bound to this iommufd: give the VMM the same iommufd and the same device file"
             }
             Self::Incompatible => "the group cannot use this page table",
-            Self::Busy => "the device is being reset",
-            Self::Gone => "the device is gone",
+            Self::Busy => "the device is being reset, and was not done in time: the guest may try again",
+            Self::Gone => "the device is gone: take it out of the guest",
             Self::Other => "the host refused",
         }
     }

@@ -153,7 +153,7 @@ impl Launch {
         let mut numbers = Vec::new();
         for ((host, _), number) in self.devices.iter().zip(FIRST_PRINTED_FD + 1..) {
             let node = sysfs.vfio_node(*host)?.unwrap_or_else(|| "vfioN".to_owned());
-            opened.push_str(&format!(" {number}<>/dev/vfio/devices/{node}"));
+            opened = format!("{opened} {number}<>/dev/vfio/devices/{node}");
             numbers.push(number);
         }
         lines.push(opened);

@@ -19,20 +19,21 @@ use crate::daemon::Daemon;
 use crate::inspect::facts_of;
 use crate::pci::{EDU, Edu, bind_to_vfio, expect_fault, find, open, open_vfio};
 
-const ENDPOINT: u32 = 0x18;
+pub const ENDPOINT: u32 = 0x18;
 const MEMORY_SIZE: usize = 0x200_0000;
 /// Below 256 MiB: that is as far as the device's addresses go.
-const IOVA: u64 = 0x400_0000;
-const PAGE: u64 = 0x1000;
+pub const IOVA: u64 = 0x400_0000;
+pub const PAGE: u64 = 0x1000;
 
 const OK: u8 = 0;
 const INVAL: u8 = 4;
 const FAULT: u8 = 7;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
+pub const READ_WRITE: u32 = READ | WRITE;
 
 /// What a VMM holds: the files, and the guest's memory where the device sees it until a daemon says otherwise.
-struct Vmm {
+pub struct Vmm {
     iommufd_file: File,
     device_file: File,
     iommufd: Arc<Iommufd>,
@@ -42,7 +43,7 @@ struct Vmm {
 }
 
 impl Vmm {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let address = find(EDU);
         bind_to_vfio(address);
         let (iommufd_file, device_file) = (open("/dev/iommu"), open_vfio(address));
@@ -58,11 +59,11 @@ impl Vmm {
         Self { iommufd_file, device_file, iommufd, device, _identity: identity, memory }
     }
 
-    fn daemon(&self, name: &str, options: &[&str]) -> Daemon {
+    pub fn daemon(&self, name: &str, options: &[&str]) -> Daemon {
         Daemon::start(name, &self.iommufd_file, &self.device_file, "id=0000:00:03.0", options)
     }
 
-    fn machine(&self, daemon: &Daemon) -> Machine {
+    pub fn machine(&self, daemon: &Daemon) -> Machine {
         let mut machine = Machine::connect(&daemon.socket, self.memory.clone());
         machine.start();
         machine
@@ -86,21 +87,21 @@ impl Vmm {
     }
 
     /// Whether a device's write to an address changes this page of guest memory.
-    fn write_lands(&self, iova: u64, physical: u64) -> bool {
+    pub fn write_lands(&self, iova: u64, physical: u64) -> bool {
         self.fill(physical, 0x11);
         self.edu().write(iova, PAGE);
         self.filled_with(physical) != 0x11
     }
 
     /// Loads the device's buffer through a mapping of a page that is filled with a byte.
-    fn load(&self, iova: u64, physical: u64, byte: u8) {
+    pub fn load(&self, iova: u64, physical: u64, byte: u8) {
         self.fill(physical, byte);
         self.edu().read(iova, PAGE);
     }
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn dma_goes_where_the_guest_said_and_stops_when_it_said() {
     // Facts are gathered before a VMM holds the device.
     let facts = "/tmp/edu-facts.json";
@@ -115,7 +116,7 @@ fn dma_goes_where_the_guest_said_and_stops_when_it_said() {
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
     assert!(!vmm.write_lands(0x10_1000, 0x10_1000), "and not any more from ATTACH on");
 
-    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x20_0000, READ | WRITE)), OK);
+    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x20_0000, READ_WRITE)), OK);
     assert_eq!(machine.send(&map(1, IOVA + PAGE, PAGE, 0x20_5000, READ)), OK);
     assert_eq!(machine.send(&map(1, IOVA + 2 * PAGE, PAGE, 0x20_9000, WRITE)), OK);
     assert_eq!(machine.send(&map(1, IOVA + 3 * PAGE, PAGE, 0x20_c000, 0)), OK);
@@ -128,7 +129,7 @@ fn dma_goes_where_the_guest_said_and_stops_when_it_said() {
     assert!(!vmm.write_lands(IOVA + PAGE, 0x20_5000));
     // The emulated IOMMU reports no fault for a page that it has in its cache: this one was never read.
     assert_eq!(machine.send(&map(1, IOVA + 4 * PAGE, PAGE, 0x20_e000, READ)), OK);
-    expect_fault(IOVA + 4 * PAGE, || assert!(!vmm.write_lands(IOVA + 4 * PAGE, 0x20_e000)));
+    let _ = expect_fault(IOVA + 4 * PAGE, || assert!(!vmm.write_lands(IOVA + 4 * PAGE, 0x20_e000)));
     assert!(vmm.write_lands(IOVA, 0x20_0000));
     assert_eq!(vmm.filled_with(0x20_0000), 0x6b);
     assert!(!vmm.write_lands(IOVA + 3 * PAGE, 0x20_c000), "a mapping that allows nothing");
@@ -139,11 +140,11 @@ fn dma_goes_where_the_guest_said_and_stops_when_it_said() {
 
     // UNMAP.
     assert_eq!(machine.send(&unmap(1, IOVA, PAGE)), OK);
-    expect_fault(IOVA, || assert!(!vmm.write_lands(IOVA, 0x20_0000)));
+    let _ = expect_fault(IOVA, || assert!(!vmm.write_lands(IOVA, 0x20_0000)));
     assert!(vmm.write_lands(IOVA + 2 * PAGE, 0x20_9000), "the others stay");
 
     // Mapped to other memory.
-    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x30_0000, READ | WRITE)), OK);
+    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x30_0000, READ_WRITE)), OK);
     assert!(vmm.write_lands(IOVA, 0x30_0000));
     assert!(!vmm.write_lands(IOVA, 0x20_0000));
 
@@ -155,7 +156,7 @@ fn dma_goes_where_the_guest_said_and_stops_when_it_said() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn bypass_is_what_the_guest_and_the_operator_say() {
     let vmm = Vmm::new();
     let options = ["--input-range=0-ffffffffff", "--boot-bypass=off"];
@@ -174,14 +175,14 @@ fn bypass_is_what_the_guest_and_the_operator_say() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn when_the_frontend_is_gone_everything_is_blocked_and_nothing_is_left() {
     let vmm = Vmm::new();
     let mut daemon = vmm.daemon("gone", &["--input-range=0-ffffffffff"]);
     let mut machine = vmm.machine(&daemon);
     daemon.watch_exit();
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
-    assert_eq!(machine.send(&map(1, IOVA, 0x10 * PAGE, 0x20_0000, READ | WRITE)), OK);
+    assert_eq!(machine.send(&map(1, IOVA, 0x10 * PAGE, 0x20_0000, READ_WRITE)), OK);
     assert!(vmm.write_lands(IOVA, 0x20_0000));
     assert_eq!(daemon.pinned(), "64 kB");
     let spaces = daemon.address_spaces();
@@ -198,7 +199,7 @@ fn when_the_frontend_is_gone_everything_is_blocked_and_nothing_is_left() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn a_device_that_nobody_bound_cannot_be_attached() {
     let address = find(EDU);
     bind_to_vfio(address);
@@ -211,7 +212,19 @@ fn a_device_that_nobody_bound_cannot_be_attached() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
+fn a_device_that_is_bound_elsewhere_cannot_be_attached() {
+    let vmm = Vmm::new();
+    let other = open("/dev/iommu");
+    let daemon = Daemon::start("elsewhere", &other, &vmm.device_file, "id=00:03.0", &["--input-range=0-ffffffff"]);
+    let mut machine = vmm.machine(&daemon);
+    assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), 3);
+    daemon.expect_log("the device is not bound to this iommufd");
+    assert!(vmm.write_lands(0x10_1000, 0x10_1000), "it stays as it was");
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
 fn a_promise_that_the_host_cannot_keep_ends_in_a_refusal() {
     let vmm = Vmm::new();
     let daemon = vmm.daemon("promise", &["--input-range=0-ffffffffffffff"]);
@@ -222,7 +235,7 @@ fn a_promise_that_the_host_cannot_keep_ends_in_a_refusal() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn memory_without_a_file_is_mapped_by_address() {
     let vmm = Vmm::new();
     let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
@@ -247,7 +260,7 @@ fn memory_without_a_file_is_mapped_by_address() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn memory_that_the_host_cannot_pin_is_refused() {
     let mut vmm = Vmm::new();
     // The pages of a ramfs cannot be pinned for long: it is a file system to be written back, if to nowhere.
@@ -259,7 +272,7 @@ fn memory_that_the_host_cannot_pin_is_refused() {
     let daemon = vmm.daemon("address", &["--input-range=0-ffffffffff"]);
     let mut machine = vmm.machine(&daemon);
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
-    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x20_0000, READ | WRITE)), FAULT);
+    assert_eq!(machine.send(&map(1, IOVA, PAGE, 0x20_0000, READ_WRITE)), FAULT);
     daemon.expect_log("guest memory cannot be reached");
     assert_eq!(machine.send(&unmap(1, IOVA, PAGE)), OK);
     std::fs::remove_file(path).unwrap();

@@ -131,23 +131,20 @@ impl Drop for Guest {
     }
 }
 
+/// The guest's machine.
+pub const MACHINE: [&str; 9] = ["-nodefaults", "-machine", "q35", "-m", "256", "-accel", "kvm", "-cpu", "host"];
+/// Its console.
+pub const DISPLAY: [&str; 4] = ["-nographic", "-serial", "stdio", "-no-reboot"];
+/// Its kernel.
+pub const KERNEL: [&str; 4] = ["-kernel", "/guest/kernel", "-initrd", "/guest/initrd"];
+
 fn qemu(daemon: &Daemon, iommufd: &File, device: &File, append: &str) -> Command {
     let mut command = Command::new(must_exist("/vmm/run"));
     command
-        .args([
-            "-nodefaults",
-            "-nographic",
-            "-machine",
-            "q35,memory-backend=ram",
-            "-m",
-            "256",
-            "-accel",
-            "kvm",
-            "-cpu",
-            "host",
-        ])
-        .args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on", "-serial", "stdio"])
-        .args(["-kernel", "/guest/kernel", "-initrd", "/guest/initrd"])
+        .args(MACHINE)
+        .args(["-machine", "memory-backend=ram", "-object", "memory-backend-memfd,id=ram,size=256M,share=on"])
+        .args(["-nographic", "-serial", "stdio"])
+        .args(KERNEL)
         .args(["-append", &format!("console=ttyS0 quiet panic=-1 {append}")])
         .args(["-acpitable", "file=/tmp/viot.bin", "-qmp", &format!("unix:{QMP},server=on,wait=off")])
         .args(["-chardev", &format!("socket,id=iommu,path={}", daemon.socket.display())])
@@ -179,7 +176,7 @@ fn read_console(console: impl Read + Send + 'static) -> Receiver<String> {
 }
 
 /// The sum of the first 16 MiB of the disk's image, as it was taken outside of the host VM.
-fn image_md5() -> String {
+pub fn image_md5() -> String {
     let line = fs::read_to_string("/proc/cmdline").unwrap();
     line.split_whitespace().find_map(|word| word.strip_prefix("hostvm.md5=")).unwrap().to_owned()
 }
@@ -217,7 +214,7 @@ impl Qmp {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn reads_its_assigned_disk_through_the_iommu() {
     let mut guest = Guest::boot("reads", "");
     guest.wait_for_read();
@@ -234,7 +231,7 @@ fn reads_its_assigned_disk_through_the_iommu() {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn pauses_under_load_and_boots_again() {
     let mut guest = Guest::boot("pauses", "guest.reads=6 guest.stay");
     guest.wait_for_read();

@@ -19,7 +19,7 @@ pub fn facts_of(address: virtio_iommu::id::PciAddress, path: &str) -> String {
 }
 
 #[test]
-#[ignore = "runs in the host VM"]
+#[ignore = "runs in the host VM: make test"]
 fn an_idle_device_shows_what_the_kernel_can_map() {
     let edu = find(EDU);
     bind_to_vfio(edu);

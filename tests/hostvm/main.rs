@@ -8,7 +8,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+
+mod check;
 mod daemon;
+mod demo;
 mod edu;
 mod guest;
 mod inspect;

@@ -58,15 +58,18 @@ pub fn dma_faults() -> Vec<String> {
 }
 
 /// Runs something that causes a DMA fault at an address, and waits until the host's IOMMU has reported it: that is an
-/// interrupt and a line in the kernel's log after the access.
-pub fn expect_fault(address: u64, act: impl FnOnce()) {
+/// interrupt and a line in the kernel's log after the access. The line.
+pub fn expect_fault(address: u64, act: impl FnOnce()) -> String {
     // Linux shows no more than three faults in five seconds (dmar_fault() asks its rate limit three times for each).
     std::thread::sleep(Duration::from_secs(6));
     let before = dma_faults().len();
     act();
     let text = format!("fault addr {address:#x} ");
     let deadline = Instant::now() + Duration::from_secs(10);
-    while !dma_faults().iter().skip(before).any(|line| line.contains(&text)) {
+    loop {
+        if let Some(line) = dma_faults().into_iter().skip(before).find(|line| line.contains(&text)) {
+            return line;
+        }
         assert!(Instant::now() < deadline, "no `{text}` in {:?}", dma_faults());
         std::thread::sleep(Duration::from_millis(20));
     }
