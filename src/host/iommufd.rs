@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -392,6 +393,8 @@ pub struct IommufdGroup {
     iommufd: Arc<Iommufd>,
     members: Vec<EndpointId>,
     devices: Vec<VfioDevice>,
+    /// The devices are known to be bound to this iommufd.
+    bound_here: AtomicBool,
 }
 
 impl IommufdGroup {
@@ -399,7 +402,35 @@ impl IommufdGroup {
     /// process works beside. Until that has happened, attaching fails.
     pub fn shared(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Self {
         let (members, devices) = devices.into_iter().unzip();
-        Self { iommufd, members, devices }
+        Self { iommufd, members, devices, bound_here: AtomicBool::new(false) }
+    }
+
+    /// Makes sure that the devices are bound to this iommufd. The kernel takes an address space by its number, and looks
+    /// the number up in the iommufd that the device is bound to: in another one it may be the VMM's own table, and the
+    /// attach would succeed. So each device is first attached to a fresh address space: one that has a device is told
+    /// apart from one that has none by its alignment (1 until then, `iopt_table_add_domain()`).
+    fn check_binding(&self) -> Result<(), HostError> {
+        if self.bound_here.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        for device in &self.devices {
+            let fresh = self.iommufd.new_ioas()?;
+            let attached = device.attach(&fresh);
+            let is_here = fresh.constraints().map(|constraints| constraints.granule > 1);
+            // The address space is freed before the next one is made, and cannot be while a device is attached.
+            device.detach();
+            match attached {
+                Ok(()) if is_here? => (),
+                // Nothing of ours is in a fresh address space that a device could be incompatible with.
+                Err(HostError { kind, .. }) if kind != HostErrorKind::Incompatible => return attached,
+                Ok(()) | Err(_) => {
+                    let action = format!("attaching {}", device.name);
+                    return Err(HostError::new(HostErrorKind::NotBound, action, None));
+                }
+            }
+        }
+        self.bound_here.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -425,6 +456,10 @@ impl HostGroup for IommufdGroup {
             let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another kind", None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
+        if let Err(error) = self.check_binding() {
+            self.block();
+            return Err(AttachError { error, after: AfterFailure::Blocked });
+        }
         // The first replace moves the whole group. Each device is attached all the same: only then does the kernel
         // keep its reserved regions out of the address space.
         for (index, device) in self.devices.iter().enumerate() {
