@@ -24,6 +24,15 @@ pub enum FileKind {
 }
 
 impl FileKind {
+    /// Makes sure that a file is of this kind, and says which device node it is and where sysfs describes it.
+    pub(crate) fn check(self, file: &impl AsFd) -> Result<(String, PathBuf), WrongFile> {
+        match device_node(file.as_fd()) {
+            Ok((node, sysfs)) if self.matches(&node) => Ok((node, sysfs)),
+            Ok((node, _)) => Err(WrongFile { found: format!("/dev/{node}"), kind: self }),
+            Err(found) => Err(WrongFile { found, kind: self }),
+        }
+    }
+
     /// Whether this is the name of such a device node, below `/dev`.
     fn matches(self, node: &str) -> bool {
         match self {
@@ -44,7 +53,7 @@ impl fmt::Display for FileKind {
 
 /// A file that was adopted.
 #[derive(Debug)]
-pub struct Adopted {
+pub(crate) struct Adopted {
     /// The file.
     pub file: OwnedFd,
     /// The name of its device node below `/dev`, such as `vfio/devices/vfio0`.
@@ -73,26 +82,33 @@ pub enum AdoptError {
     #[error("fd {0} is given twice, or was not inherited")]
     NotInherited(RawFd),
     /// It is something else.
-    #[error("fd {number} is {found}, not {kind}")]
-    WrongKind {
+    #[error("fd {number}")]
+    WrongFile {
         /// The number.
         number: RawFd,
         /// What it is.
-        found: String,
-        /// What was expected.
-        kind: FileKind,
+        source: WrongFile,
     },
+}
+
+/// A file that is not what it should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{found} is not {kind}")]
+pub struct WrongFile {
+    found: String,
+    kind: FileKind,
 }
 
 /// One at a time: between looking at a descriptor's flag and setting it.
 static ADOPTING: Mutex<()> = Mutex::new(());
 
-/// Takes over a file that this process inherited, once, after making sure that it is what it should be.
+/// Takes over a file that this process inherited, once, after making sure that it is what it should be. To be called
+/// while the process starts, before anything else could have received or opened files without the close-on-exec flag.
 ///
 /// # Errors
 ///
 /// [`AdoptError`]; the file is left alone.
-pub fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
+pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
     if number <= 2 {
         return Err(AdoptError::Standard(number, kind));
     }
@@ -106,10 +122,7 @@ pub fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
     if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
         return Err(AdoptError::NotInherited(number));
     }
-    let (node, sysfs) = device_node(borrowed).map_err(|found| AdoptError::WrongKind { number, found, kind })?;
-    if !kind.matches(&node) {
-        return Err(AdoptError::WrongKind { number, found: format!("/dev/{node}"), kind });
-    }
+    let (node, sysfs) = kind.check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
     fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
     // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
     // keeps it from being adopted again.
@@ -161,11 +174,14 @@ mod tests {
 
     #[test]
     fn what_is_not_the_right_file_is_named() {
-        let text = |number| adopt(number, FileKind::Iommufd).unwrap_err().to_string();
+        let text = |number| {
+            let error = adopt(number, FileKind::Iommufd).unwrap_err();
+            format!("{error}: {}", std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default())
+        };
         assert!(text(0).contains("standard input"));
         assert!(text(1_000_000).contains("not open"));
-        assert!(text(inherited("/")).contains("is a directory, not /dev/iommu"));
-        assert!(text(inherited("/dev/null")).contains("is /dev/null, not /dev/iommu"));
+        assert!(text(inherited("/")).contains("a directory is not /dev/iommu"));
+        assert!(text(inherited("/dev/null")).contains("/dev/null is not /dev/iommu"));
     }
 
     #[test]

@@ -20,20 +20,17 @@ pub struct GuestRam {
 /// One region of guest RAM.
 #[derive(Clone, Debug)]
 pub struct RamRegion {
-    start: GuestAddress,
-    length: u64,
+    /// The guest-physical addresses.
+    addresses: IovaRange,
     host: Option<HostMemory>,
 }
 
-/// A piece of guest memory, and where the host finds it.
+/// A piece of guest memory, and where the host finds it. Only this module makes one, from memory that is there.
 #[derive(Clone, Debug)]
 pub struct HostSegment {
-    /// The first guest-physical address.
-    pub start: GuestAddress,
-    /// How many bytes; never zero.
-    pub length: u64,
-    /// Where the piece starts on the host; `None` for memory that only software looks at.
-    pub host: Option<HostMemory>,
+    start: GuestAddress,
+    length: u64,
+    host: Option<HostMemory>,
 }
 
 /// A place in memory that is mapped into this process, and stays mapped as long as this value lives.
@@ -44,24 +41,25 @@ pub struct HostMemory {
     owner: Arc<dyn Any + Send + Sync>,
 }
 
-/// A place in a file that can be mapped into a host page table by file instead of by address.
+/// A place in a file that memory is shared with.
 #[derive(Clone, Debug)]
 pub struct FileMemory {
-    /// The file.
-    pub file: Arc<File>,
-    /// The offset in the file, in bytes.
-    pub offset: u64,
+    file: Arc<File>,
+    offset: u64,
     /// Device and inode number: what the file is, whatever descriptor leads to it.
     identity: (u64, u64),
-    /// Whether the host pins the file's own pages, without going through an address.
+    /// Whether the host can pin the file's own pages, without going through an address.
     pinnable: bool,
 }
 
 /// Guest memory that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Two regions have an address in common, a region is empty, or it passes the end of the address space.
-    #[error("the guest memory region of {length:#x} bytes at {start:#x} is empty, wraps, or overlaps another")]
+    /// Two regions have an address in common.
+    #[error("the guest memory regions {0} and {1} overlap")]
+    Overlap(IovaRange, IovaRange),
+    /// A region is empty, or passes the end of the address space.
+    #[error("the guest memory region of {length:#x} bytes at {start:#x} is empty or wraps")]
     Region {
         /// First guest-physical address of the region.
         start: u64,
@@ -85,19 +83,15 @@ impl GuestRam {
     ///
     /// [`MemoryError::Region`]
     pub fn in_software(ranges: &[(GuestAddress, u64)]) -> Result<Self, MemoryError> {
-        let region = |&(start, length)| RamRegion { start, length, host: None };
-        Self::from_regions(ranges.iter().map(region).collect())
+        let regions: Result<_, _> = ranges.iter().map(|&(start, length)| RamRegion::new(start, length, None)).collect();
+        Self::from_regions(regions?)
     }
 
     fn from_regions(mut regions: Vec<RamRegion>) -> Result<Self, MemoryError> {
-        regions.sort_by_key(|region| region.start);
-        let mut free_from = 0;
-        for (index, region) in regions.iter().enumerate() {
-            let (start, length) = (region.start.0, region.length);
-            let last = length.checked_sub(1).and_then(|more| start.checked_add(more));
-            match last {
-                Some(last) if index == 0 || start > free_from => free_from = last,
-                _ => return Err(MemoryError::Region { start, length }),
+        regions.sort_by_key(|region| region.addresses);
+        for (region, next) in regions.iter().zip(regions.iter().skip(1)) {
+            if region.addresses.overlaps(next.addresses) {
+                return Err(MemoryError::Overlap(region.addresses, next.addresses));
             }
         }
         Ok(Self { regions: regions.into() })
@@ -124,12 +118,13 @@ impl GuestRam {
     /// was, and there was a first one.
     fn walk(&self, start: GuestAddress, length: u64, mut piece: impl FnMut(&RamRegion, u64, u64)) -> bool {
         let (mut at, mut left) = (start.0, length);
-        let first = self.regions.partition_point(|region| region.last() < at);
+        let first = self.regions.partition_point(|region| region.addresses.last() < at);
         for region in self.regions.iter().skip(first) {
-            let Some(offset) = at.checked_sub(region.start.0).filter(|_| left != 0) else {
+            let Some(offset) = at.checked_sub(region.addresses.start()).filter(|_| left != 0) else {
                 break;
             };
-            let taken = left.min(region.length - offset);
+            let more = region.addresses.last() - at;
+            let taken = if left - 1 <= more { left } else { more + 1 };
             piece(region, offset, taken);
             left -= taken;
             at = at.wrapping_add(taken);
@@ -145,29 +140,26 @@ impl GuestRam {
 }
 
 impl RamRegion {
-    /// The first guest-physical address.
-    pub const fn start(&self) -> GuestAddress {
-        self.start
+    fn new(start: GuestAddress, length: u64, host: Option<HostMemory>) -> Result<Self, MemoryError> {
+        let addresses =
+            IovaRange::from_length(start.0, length).ok_or(MemoryError::Region { start: start.0, length })?;
+        Ok(Self { addresses, host })
     }
 
-    /// The last guest-physical address.
-    pub const fn last(&self) -> u64 {
-        self.start.0 + (self.length - 1)
-    }
-
-    /// The region's guest-physical addresses, taken as I/O virtual ones.
-    pub fn identity(&self) -> IovaRange {
-        IovaRange::from_length(self.start.0, self.length).unwrap_or(IovaRange::ALL)
+    /// The region's guest-physical addresses. In bypass they are I/O virtual ones too.
+    pub const fn addresses(&self) -> IovaRange {
+        self.addresses
     }
 
     /// The whole region.
     pub fn whole(&self) -> HostSegment {
-        self.segment(0, self.length)
+        // A region is made from a length.
+        self.segment(0, self.addresses.last() - self.addresses.start() + 1)
     }
 
     fn segment(&self, offset: u64, length: u64) -> HostSegment {
         HostSegment {
-            start: GuestAddress(self.start.0 + offset),
+            start: GuestAddress(self.addresses.start() + offset),
             length,
             host: self.host.as_ref().map(|host| host.at(offset)),
         }
@@ -175,6 +167,21 @@ impl RamRegion {
 }
 
 impl HostSegment {
+    /// The first guest-physical address.
+    pub const fn start(&self) -> GuestAddress {
+        self.start
+    }
+
+    /// How many bytes; never zero.
+    pub const fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Where the piece starts on the host, mapped for at least its length; `None` for memory that only software looks at.
+    pub const fn host(&self) -> Option<&HostMemory> {
+        self.host.as_ref()
+    }
+
     /// Whether both are the same guest addresses backed by the same memory.
     pub fn is_same(&self, other: &Self) -> bool {
         let same_host = match (&self.host, &other.host) {
@@ -183,6 +190,18 @@ impl HostSegment {
             _ => false,
         };
         self.start == other.start && self.length == other.length && same_host
+    }
+}
+
+impl FileMemory {
+    /// The file.
+    pub const fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The offset in the file, in bytes.
+    pub const fn offset(&self) -> u64 {
+        self.offset
     }
 }
 
@@ -196,11 +215,6 @@ impl HostMemory {
     /// or hugetlbfs.
     pub fn pinnable_file(&self) -> Option<&FileMemory> {
         self.file.as_ref().filter(|file| file.pinnable)
-    }
-
-    /// What keeps the address mapped.
-    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
-        &self.owner
     }
 
     fn at(&self, offset: u64) -> Self {
@@ -238,6 +252,8 @@ mod mapped {
     // Linux, include/uapi/linux/magic.h.
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    // Linux, include/uapi/linux/mman.h.
+    const MAP_SHARED: i32 = 1;
 
     impl GuestRam {
         /// The RAM that is mapped into this process, as a VMM or a vhost-user backend has it. Every piece keeps its
@@ -260,13 +276,16 @@ mod mapped {
         ) -> Result<Self, MemoryError> {
             let start = region.start_addr();
             let mapping = region.get_mmap();
+            // A private mapping has pages of its own: the file's are other memory.
+            let shared = mapping.flags() & MAP_SHARED != 0;
             let file = region
                 .file_offset()
+                .filter(|_| shared)
                 .map(|file| FileMemory::new(Arc::clone(file.arc()), file.start()))
                 .transpose()
                 .map_err(|source| MemoryError::File { start: start.0, source })?;
             let host = HostMemory { address: mapping.as_ptr().expose_provenance(), file, owner: mapping };
-            Ok(Self { start, length: region.len(), host: Some(host) })
+            Self::new(start, region.len(), Some(host))
         }
     }
 
@@ -334,6 +353,34 @@ mod tests {
         assert!(map(0).is_same(&map(0)));
         assert!(!map(0).is_same(&map(0x1000)));
         let segment = map(0x1000).segments(GuestAddress(0x1800), 0x10).unwrap().remove(0);
-        assert_eq!(segment.host.unwrap().file.unwrap().offset, 0x2800);
+        assert_eq!(segment.host().unwrap().file.as_ref().unwrap().offset(), 0x2800);
+    }
+
+    #[cfg(feature = "iommufd")]
+    #[test]
+    fn a_private_mapping_is_not_its_file() {
+        use std::os::fd::OwnedFd;
+
+        use rustix::fs::{MemfdFlags, memfd_create};
+        use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionBuilder};
+        use vm_memory::{FileOffset, GuestMemoryMmap};
+
+        let memfd: OwnedFd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(memfd);
+        file.set_len(0x2000).unwrap();
+        let ram = |flags| {
+            let mapping: MmapRegion = MmapRegionBuilder::new(0x2000)
+                .with_mmap_prot(3)
+                .with_mmap_flags(flags)
+                .with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0))
+                .build()
+                .unwrap();
+            let region = GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap();
+            GuestRam::from_mmap(&GuestMemoryMmap::from_regions(vec![region]).unwrap()).unwrap()
+        };
+        let (shared, private, other) = (ram(1), ram(2), ram(2));
+        let pinnable = |ram: &GuestRam| ram.regions()[0].whole().host().unwrap().pinnable_file().is_some();
+        assert!(pinnable(&shared) && !pinnable(&private));
+        assert!(shared.is_same(&ram(1)) && !private.is_same(&other));
     }
 }

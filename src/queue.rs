@@ -2,7 +2,7 @@
 
 //! The two virtqueues: requests in, events out.
 //!
-//! Both functions work on any [`QueueT`] over any guest memory, in bounded work, and say whether the driver is to be
+//! Both functions work on any [`QueueT`] over any guest memory, within a budget, and say whether the driver is to be
 //! notified. A queue that the driver has broken is an error: nothing more can be said on it until it is set up again.
 
 #![forbid(unsafe_code)]
@@ -14,16 +14,17 @@ use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use crate::device::VirtioIommu;
+use crate::request::LARGEST_REPLY;
 use crate::spec;
 
-/// The largest device-writable part that is answered. No reply needs more than `probe_size` and a status; a larger
-/// buffer is returned unwritten, so that a guest cannot make the device clear gigabytes.
-pub const LARGEST_REPLY: usize = 64 << 10;
+/// How many descriptors a chain may have. A request of one byte to a descriptor fits; an indirect table of 65535 empty ones
+/// is returned unwritten.
+const MOST_DESCRIPTORS: usize = 256;
 
 /// The flag in an available ring that asks for no interrupts (2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
-/// What a batch of requests came to.
+/// What a batch of buffers came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// How many descriptor chains were returned.
@@ -48,7 +49,7 @@ pub enum QueueError {
     /// An available buffer cannot be taken.
     #[error("the next available buffer cannot be read")]
     Unreadable,
-    /// The rings are not where they were.
+    /// The rings are not in guest memory.
     #[error("a ring cannot be accessed")]
     Ring(#[from] virtio_queue::Error),
 }
@@ -65,7 +66,7 @@ pub fn process_requests<Q: QueueT, M: GuestMemory>(
     budget: usize,
 ) -> Result<Batch, QueueError> {
     let mut batch = Batch::default();
-    let mut reply = Vec::new();
+    let mut chain = Chain::default();
     let mut rounds = 0;
     queue.disable_notification(memory)?;
     'kicks: loop {
@@ -76,9 +77,8 @@ pub fn process_requests<Q: QueueT, M: GuestMemory>(
                 batch.more = true;
                 break 'kicks;
             }
-            let chain = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
-            let head = chain.head_index();
-            let used = handle_chain(device, &chain, memory, &mut reply);
+            let head = chain.take(queue, memory)?;
+            let used = chain.handle(device, memory);
             queue.add_used(memory, head, used)?;
             batch.handled += 1;
         }
@@ -91,7 +91,8 @@ pub fn process_requests<Q: QueueT, M: GuestMemory>(
     Ok(batch)
 }
 
-/// Gives the guest the fault events that wait, as far as it has provided buffers. Whether it is to be notified.
+/// Gives the guest the fault events that wait, as far as it has provided buffers, of which no more than `budget` are
+/// returned.
 ///
 /// Linux provides its buffers without a kick: call this whenever there are faults.
 ///
@@ -102,23 +103,32 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
     device: &mut VirtioIommu,
     queue: &mut Q,
     memory: &M,
-) -> Result<bool, QueueError> {
-    let mut delivered = false;
-    while device.has_faults() && available(queue, memory)? > 0 {
-        let chain = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
-        let head = chain.head_index();
-        // 5.13.6.8.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
-        // describe it." One that is too small goes back unwritten.
-        let mut used = 0;
-        if writable_length(&chain).is_some_and(|length| length >= spec::fault::SIZE)
-            && let Some(fault) = device.next_fault()
-        {
-            used = write(&chain, memory, &fault.to_bytes()).unwrap_or(0);
+    budget: usize,
+) -> Result<Batch, QueueError> {
+    let mut batch = Batch::default();
+    let mut chain = Chain::default();
+    while let Some(fault) = device.first_fault() {
+        if available(queue, memory)? == 0 {
+            break;
+        }
+        if batch.handled == budget {
+            batch.more = true;
+            break;
+        }
+        let event = fault.to_bytes();
+        let head = chain.take(queue, memory)?;
+        // 5.13.6.9.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
+        // describe it." One that is too small, or not in guest memory, goes back unwritten, and the event waits for the next.
+        let fits = chain.writable_length().is_some_and(|length| length >= event.len());
+        let used = if fits { chain.write(memory, &event).unwrap_or(0) } else { 0 };
+        if used != 0 {
+            device.take_fault();
         }
         queue.add_used(memory, head, used)?;
-        delivered = true;
+        batch.handled += 1;
     }
-    Ok(delivered && wants_notification(queue, memory)?)
+    batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
+    Ok(batch)
 }
 
 /// How many buffers the driver has made available that were not taken.
@@ -143,59 +153,90 @@ fn wants_notification<Q: QueueT, M: GuestMemory>(queue: &mut Q, memory: &M) -> R
     Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
 }
 
-/// Handles one request; the used length. Every part of it is read once.
-fn handle_chain<M: GuestMemory>(
-    device: &mut VirtioIommu,
-    chain: &DescriptorChain<&M>,
-    memory: &M,
-    reply: &mut Vec<u8>,
-) -> u32 {
-    let mut request = [0; spec::LARGEST_REQUEST];
-    let readable = read(chain, memory, &mut request);
-    let (Some(readable), Some(length)) = (readable, writable_length(chain)) else {
-        return 0;
-    };
-    reply.clear();
-    reply.resize(length, 0);
-    let used = device.handle(readable, reply);
-    // A reply that cannot be written is lost; what it answers has been done.
-    reply.get(..used).and_then(|reply| write(chain, memory, reply)).unwrap_or(0)
+/// One descriptor chain: its buffers, walked once. Reused from chain to chain.
+#[derive(Default)]
+struct Chain {
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+    /// It has more descriptors than any request.
+    too_long: bool,
+    reply: Vec<u8>,
 }
 
-/// Reads as much of the device-readable part as any request has; `None` if it is not all in guest memory.
-fn read<'a, M: GuestMemory>(
-    chain: &DescriptorChain<&M>,
-    memory: &M,
-    buffer: &'a mut [u8; spec::LARGEST_REQUEST],
-) -> Option<&'a [u8]> {
-    let mut filled = 0;
-    for descriptor in chain.clone().readable() {
-        let free = buffer.get_mut(filled..)?;
-        let length = free.len().min(descriptor.len() as usize);
-        memory.read_slice(free.get_mut(..length)?, descriptor.addr()).ok()?;
-        filled += length;
-    }
-    buffer.get(..filled)
+/// A piece of guest memory.
+struct Buffer {
+    start: GuestAddress,
+    length: usize,
 }
 
-/// The length of the device-writable part; `None` if it is larger than any reply.
-fn writable_length<M: GuestMemory>(chain: &DescriptorChain<&M>) -> Option<usize> {
-    let mut length = 0usize;
-    for descriptor in chain.clone().writable() {
-        length = length.checked_add(descriptor.len() as usize).filter(|length| *length <= LARGEST_REPLY)?;
+impl Chain {
+    /// Takes the next available chain and notes its buffers; its head.
+    fn take<Q: QueueT, M: GuestMemory>(&mut self, queue: &mut Q, memory: &M) -> Result<u16, QueueError> {
+        let chain: DescriptorChain<&M> = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
+        let head = chain.head_index();
+        self.readable.clear();
+        self.writable.clear();
+        self.too_long = false;
+        for descriptor in chain {
+            if self.readable.len() + self.writable.len() == MOST_DESCRIPTORS {
+                self.too_long = true;
+                break;
+            }
+            let buffer = Buffer { start: descriptor.addr(), length: descriptor.len() as usize };
+            let part = if descriptor.is_write_only() { &mut self.writable } else { &mut self.readable };
+            part.push(buffer);
+        }
+        Ok(head)
     }
-    Some(length)
-}
 
-/// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
-fn write<M: GuestMemory>(chain: &DescriptorChain<&M>, memory: &M, bytes: &[u8]) -> Option<u32> {
-    let mut left = bytes;
-    for descriptor in chain.clone().writable() {
-        let (now, later) = left.split_at(left.len().min(descriptor.len() as usize));
-        memory.write_slice(now, descriptor.addr()).ok()?;
-        left = later;
+    /// Handles the request in it; the used length. Every byte of the request is read once.
+    fn handle<M: GuestMemory>(&mut self, device: &mut VirtioIommu, memory: &M) -> u32 {
+        let mut request = [0; spec::LARGEST_REQUEST];
+        let readable = self.read(memory, &mut request);
+        let (Some(readable), Some(length)) = (readable, self.writable_length()) else {
+            return 0;
+        };
+        let mut reply = std::mem::take(&mut self.reply);
+        reply.clear();
+        reply.resize(length, 0);
+        let used = device.handle(readable, &mut reply);
+        // A reply that cannot be written is lost; what it answers has been done.
+        let written = reply.get(..used).and_then(|bytes| self.write(memory, bytes)).unwrap_or(0);
+        self.reply = reply;
+        written
     }
-    u32::try_from(bytes.len() - left.len()).ok()
+
+    /// Reads as much of the device-readable part as any request has; `None` if it is not all in guest memory.
+    fn read<'a, M: GuestMemory>(&self, memory: &M, bytes: &'a mut [u8; spec::LARGEST_REQUEST]) -> Option<&'a [u8]> {
+        let mut filled = 0;
+        for buffer in &self.readable {
+            let free = bytes.get_mut(filled..)?;
+            let length = free.len().min(buffer.length);
+            memory.read_slice(free.get_mut(..length)?, buffer.start).ok()?;
+            filled += length;
+        }
+        bytes.get(..filled)
+    }
+
+    /// The length of the device-writable part; `None` if the chain is more than any request needs.
+    fn writable_length(&self) -> Option<usize> {
+        let mut length = 0usize;
+        for buffer in &self.writable {
+            length = length.checked_add(buffer.length).filter(|length| *length <= LARGEST_REPLY)?;
+        }
+        (!self.too_long).then_some(length)
+    }
+
+    /// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
+    fn write<M: GuestMemory>(&self, memory: &M, bytes: &[u8]) -> Option<u32> {
+        let mut left = bytes;
+        for buffer in &self.writable {
+            let (now, later) = left.split_at(left.len().min(buffer.length));
+            memory.write_slice(now, buffer.start).ok()?;
+            left = later;
+        }
+        u32::try_from(bytes.len() - left.len()).ok()
+    }
 }
 
 #[cfg(test)]
@@ -393,6 +434,42 @@ mod tests {
     }
 
     #[test]
+    fn an_indirect_table_longer_than_any_request_comes_back_unwritten() {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
+        let run = |device: &mut VirtioIommu, count: u16| {
+            let table = 0x4_0000;
+            for index in 0..count {
+                let (address, length, flags) = match index {
+                    0 => (REQUESTS, 20, NEXT),
+                    _ if index + 1 == count => (REPLIES, 4, WRITE),
+                    _ => (REQUESTS, 0, NEXT),
+                };
+                let raw: [u8; 16] = {
+                    let mut raw = [0; 16];
+                    raw[..8].copy_from_slice(&address.to_le_bytes());
+                    raw[8..12].copy_from_slice(&u32::to_le_bytes(length));
+                    raw[12..14].copy_from_slice(&flags.to_le_bytes());
+                    raw[14..].copy_from_slice(&(index + 1).to_le_bytes());
+                    raw
+                };
+                memory.write_slice(&raw, GuestAddress(table + 16 * u64::from(index))).unwrap();
+            }
+            mock.desc_table().store(0, descriptor(table, u32::from(count) * 16, INDIRECT, 0)).unwrap();
+            mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
+            mock.avail().idx().store(1u16.to_le());
+            mock.used().idx().store(0);
+            let mut queue: Queue = mock.create_queue().unwrap();
+            process_requests(device, &mut queue, &memory, 64).unwrap();
+            used(&mock)
+        };
+        assert_eq!(run(&mut device, 256), [(0, 4)]);
+        assert_eq!(run(&mut device, 257), [(0, 0)]);
+    }
+
+    #[test]
     fn a_chain_that_loops_ends() {
         let memory = memory();
         let (_host, mut device) = device();
@@ -454,10 +531,15 @@ mod tests {
 
         let mock = MockSplitQueue::new(&memory, SIZE);
         let mut queue: Queue = mock.create_queue().unwrap();
-        assert!(!deliver_faults(&mut device, &mut queue, &memory).unwrap(), "there is no buffer");
+        assert_eq!(
+            deliver_faults(&mut device, &mut queue, &memory, 64).unwrap(),
+            Batch::default(),
+            "there is no buffer"
+        );
         let buffers = [
             descriptor(REPLIES, 23, WRITE, 0),
             descriptor(REPLIES + 0x100, 24, 0, 0),
+            descriptor(0xf_fff0, 24, WRITE, 0),
             descriptor(REPLIES + 0x200, 32, WRITE, 0),
             descriptor(REPLIES + 0x300, 24, WRITE, 0),
         ];
@@ -465,14 +547,16 @@ mod tests {
             mock.desc_table().store(index as u16, *raw).unwrap();
             mock.avail().ring().ref_at(index).unwrap().store((index as u16).to_le());
         }
-        mock.avail().idx().store(4u16.to_le());
-        assert!(deliver_faults(&mut device, &mut queue, &memory).unwrap());
-        assert_eq!(used(&mock), [(0, 0), (1, 0), (2, 24)], "the fourth is kept for the next event");
+        mock.avail().idx().store(5u16.to_le());
+        let first = deliver_faults(&mut device, &mut queue, &memory, 2).unwrap();
+        assert_eq!(first, Batch { handled: 2, more: true, notify: true }, "the budget holds");
+        deliver_faults(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(used(&mock), [(0, 0), (1, 0), (2, 0), (3, 24)], "the fifth is kept for the next event");
         let mut expected = [0xaa; 32];
         expected[..24].fill(0);
         expected[..12].copy_from_slice(&[2, 0, 0, 0, 1, 1, 0, 0, 8, 0, 0, 0]);
         expected[16..18].copy_from_slice(&[0, 0x50]);
         assert_eq!(reply(&memory, 2, 32), expected);
-        assert!(!device.has_faults());
+        assert_eq!(device.first_fault(), None);
     }
 }

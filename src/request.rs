@@ -120,15 +120,15 @@ impl RequestKind {
             Self::Probe => spec::PROBE_SIZE,
         }
     }
+}
 
-    /// How many bytes the device-writable part must have at least for a request of this kind to be answered
-    /// with anything but a status.
-    pub const fn reply_size(self, probe_size: u32) -> usize {
-        match self {
-            Self::Probe => probe_size as usize + spec::TAIL_SIZE,
-            _ => spec::TAIL_SIZE,
-        }
-    }
+/// The largest device-writable part that is answered. No reply needs more; a larger buffer is returned unwritten, so that
+/// a guest cannot make the device clear gigabytes.
+pub const LARGEST_REPLY: usize = 64 << 10;
+
+/// How many bytes the device-writable part of a PROBE must have to be answered with properties.
+pub const fn probe_reply_size(probe_size: u32) -> usize {
+    probe_size as usize + spec::TAIL_SIZE
 }
 
 impl Request {
@@ -144,7 +144,7 @@ impl Request {
             return Err(Status::Invalid);
         }
         let mut fields = Fields(readable);
-        fields.skip::<{ spec::HEAD_SIZE }>()?;
+        fields.take::<{ spec::HEAD_SIZE }>()?;
         match kind {
             RequestKind::Attach => Self::parse_attach(fields),
             // 5.13.6.4.2: "The device MUST ignore reserved."
@@ -161,7 +161,7 @@ impl Request {
         let flags = fields.u32()?;
         // 5.13.6.3.2: "If the reserved field of an ATTACH request is not zero, the device MUST reject the
         // request and set status to VIRTIO_IOMMU_S_INVAL."
-        if fields.skip::<4>()? != [0; 4] {
+        if fields.take::<4>()? != [0; 4] {
             return Err(Status::Invalid);
         }
         // 5.13.6.3.2: "If the device does not recognize a flags bit, it MUST reject the request and set status
@@ -192,7 +192,7 @@ impl Request {
         let (start, last) = (fields.u64()?, fields.u64()?);
         // 5.13.6.6.2: "If the reserved field of an UNMAP request is not zero, the device MAY set the request
         // status to VIRTIO_IOMMU_S_INVAL". It does, and removes nothing: what the field will mean is unknown.
-        if fields.skip::<4>()? != [0; 4] {
+        if fields.take::<4>()? != [0; 4] {
             return Err(Status::Invalid);
         }
         let iova = IovaRange::new(start, last).ok_or(Status::Range)?;
@@ -204,18 +204,18 @@ impl Request {
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
-    fn skip<const SIZE: usize>(&mut self) -> Result<[u8; SIZE], Status> {
+    fn take<const SIZE: usize>(&mut self) -> Result<[u8; SIZE], Status> {
         let (field, rest) = self.0.split_first_chunk::<SIZE>().ok_or(Status::Invalid)?;
         self.0 = rest;
         Ok(*field)
     }
 
     fn u32(&mut self) -> Result<u32, Status> {
-        self.skip().map(u32::from_le_bytes)
+        self.take().map(u32::from_le_bytes)
     }
 
     fn u64(&mut self) -> Result<u64, Status> {
-        self.skip().map(u64::from_le_bytes)
+        self.take().map(u64::from_le_bytes)
     }
 
     fn domain(&mut self) -> Result<DomainId, Status> {
@@ -231,8 +231,8 @@ impl Fields<'_> {
 /// bytes. Returns the used length, which is the whole part: Linux takes a shorter one for success.
 ///
 /// Nothing is written, and zero returned, if there is no room for a tail (5.13.6: "In that case, it returns the
-/// buffers without writing to them."). Properties that do not fit are left out; [`RequestKind::reply_size`]
-/// says what they need.
+/// buffers without writing to them."). Properties that do not fit are left out; [`probe_reply_size`] says
+/// what they need.
 pub fn write_reply(writable: &mut [u8], status: Status, properties: &[ReservedRegion]) -> usize {
     let used = writable.len();
     let Some((body, tail)) = writable.split_last_chunk_mut::<{ spec::TAIL_SIZE }>() else {
@@ -251,7 +251,7 @@ pub fn write_reply(writable: &mut [u8], status: Status, properties: &[ReservedRe
     used
 }
 
-/// `struct virtio_iommu_probe_resv_mem` (5.13.6.7.3).
+/// `struct virtio_iommu_probe_resv_mem` (5.13.6.8.1).
 fn reserved_memory_property(region: &ReservedRegion) -> [u8; spec::RESV_MEM_SIZE] {
     let subtype = match region.kind {
         ReservedKind::Reserved => spec::RESV_MEM_T_RESERVED,

@@ -26,8 +26,6 @@ pub mod feature {
     pub const MAP_UNMAP: u64 = 1 << 2;
     /// PROBE requests exist.
     pub const PROBE: u64 = 1 << 4;
-    /// The MMIO flag of MAP exists. This device does not offer it.
-    pub const MMIO: u64 = 1 << 5;
     /// `bypass` in the configuration and the BYPASS flag of ATTACH exist.
     pub const BYPASS_CONFIG: u64 = 1 << 6;
     /// Descriptors may point to a table of descriptors.
@@ -111,7 +109,7 @@ pub const RESV_MEM_T_RESERVED: u8 = 0;
 /// Subtype of a region that is a doorbell for message-signalled interrupts.
 pub const RESV_MEM_T_MSI: u8 = 1;
 
-/// Layout of `struct virtio_iommu_fault` (5.13.6.8).
+/// Layout of `struct virtio_iommu_fault` (5.13.6.9).
 pub mod fault {
     /// Size of the structure.
     pub const SIZE: usize = 24;

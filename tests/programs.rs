@@ -15,10 +15,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Machine, guest_memory};
+use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::io::{FdFlags, fcntl_setfd};
+use vhost::VhostBackend;
+use vmm_sys_util::eventfd::EventFd;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 const CONTROL: &str = env!("CARGO_BIN_EXE_viommuctl");
@@ -108,6 +110,25 @@ fn a_frontend_that_goes_ends_the_daemon_well() {
 }
 
 #[test]
+fn a_frontend_whose_files_block_does_not_keep_the_daemon() {
+    for signal in [None, Some(Signal::SIGTERM)] {
+        let (daemon, mut machine) = Daemon::start_and_connect();
+        // One more count, and whoever notifies waits for ever.
+        let full = EventFd::new(0).unwrap();
+        full.write(u64::MAX - 1).unwrap();
+        machine.frontend.set_vring_call(0, &full).unwrap();
+        assert_eq!(machine.send(&attach(1, 8, 0)), 6);
+        match signal {
+            None => drop(machine),
+            Some(signal) => daemon.signal(signal),
+        }
+        let (code, log) = daemon.end();
+        assert_eq!(code, 0, "{log}");
+        assert!(log.contains("every endpoint is blocked"), "{log}");
+    }
+}
+
+#[test]
 fn a_frontend_that_breaks_the_protocol_ends_the_daemon_with_4() {
     let daemon = Daemon::start();
     UnixStream::connect(&daemon.socket).unwrap().write_all(&[0xff; 64]).unwrap();
@@ -130,7 +151,7 @@ fn what_cannot_be_served_is_said_before_there_is_a_socket() {
     let endpoint = format!("--endpoint=id=00:03.0,cdev-fd={fd}");
     for (options, code, text) in [
         (&[][..], 2, "an input range must be given"),
-        (&[iommufd.as_str()][..], 2, "is /dev/null, not /dev/iommu"),
+        (&[iommufd.as_str()][..], 2, "/dev/null is not /dev/iommu"),
         (&["--iommufd-fd=999"][..], 3, "fd 999 is not open"),
         (&["--iommufd-fd=1"][..], 2, "standard input"),
         (&[endpoint.as_str()][..], 2, "--iommufd-fd"),

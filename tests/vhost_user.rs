@@ -14,7 +14,6 @@ use std::thread::JoinHandle;
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Listener, VhostUserFrontend};
-use vhost_user_backend::VhostUserDaemon;
 use virtio_iommu::access::Access;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::fake::{Attachment, FakeHost, Flavour};
@@ -22,7 +21,6 @@ use virtio_iommu::id::EndpointId;
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 const ENDPOINT: u32 = 0x18;
 const ID: EndpointId = EndpointId(ENDPOINT);
@@ -48,13 +46,12 @@ impl Bench {
         let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
         let settings = Settings { boot_bypass, ..Settings::new(input_range, 0x1000) };
         let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let backend = Arc::new(IommuBackend::new(device, memory.clone(), BackendOptions { on_stop }).unwrap());
+        let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop }).unwrap());
 
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
-        let mut daemon = VhostUserDaemon::new("test".to_owned(), Arc::clone(&backend), memory).unwrap();
+        let mut daemon = backend.daemon("test").unwrap();
         let daemon = std::thread::spawn(move || {
             daemon.start(&mut listener).unwrap();
             let _ = daemon.wait();
@@ -211,6 +208,34 @@ fn a_broken_ring_is_left_alone_until_it_is_set_up_again() {
     bench.machine().forget_ring();
     bench.machine().start();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    bench.end();
+}
+
+#[test]
+fn a_ring_that_was_broken_before_a_stop_that_resets_is_served_after_it() {
+    let mut bench = Bench::new(true, OnStop::Reset);
+    bench.machine().start();
+    bench.machine().break_ring(1000);
+    bench.machine().stop_ring();
+    bench.machine().forget_ring();
+    bench.machine().start();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    bench.end();
+}
+
+#[test]
+fn a_ring_whose_memory_was_away_is_served_when_it_is_back() {
+    let mut bench = Bench::started();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    let memory = std::mem::replace(&mut bench.machine().memory, guest_memory(0x1000));
+    bench.machine().set_memory();
+    bench.machine().config();
+    bench.machine().memory = memory;
+    // Kicked while the ring is nowhere.
+    let base = 1;
+    bench.machine().break_ring(base);
+    bench.machine().set_memory();
+    assert_eq!(bench.send(&detach(1, ENDPOINT)), OK);
     bench.end();
 }
 

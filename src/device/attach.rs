@@ -1,33 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! ATTACH and DETACH, and the rule that a host group is attached as one.
-//!
-//! The host moves all members of a group together. So a group is on the table of the domain on which all of its
-//! attached members agree, and is blocked while they disagree.
+//! ATTACH and DETACH. Where a host group is in consequence is `group.rs`'s.
 
-use std::sync::Arc;
-
-use super::domain::{AddressSpace, Domain, DomainKind};
-use super::endpoint::{Group, GroupTable};
-use super::notice::describe;
-use super::{Notice, VirtioIommu};
-use crate::host::{AfterFailure, HostError, HostErrorKind, HostGroup, IoPageTable};
+use super::VirtioIommu;
+use super::domain::Domain;
+use super::group::Agreement;
 use crate::id::{DomainId, EndpointId};
-use crate::memory::GuestRam;
-use crate::range::RangeSet;
 use crate::request::Status;
 use crate::spec::feature;
-
-/// What the attached members of a group, as the guest sees them, ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Agreement {
-    /// No member is attached.
-    Unattached,
-    /// All that are attached are in this domain.
-    Domain(DomainId),
-    /// They are in different domains.
-    None,
-}
 
 impl VirtioIommu {
     pub(super) fn attach(&mut self, domain: DomainId, id: EndpointId, bypass: bool) -> Result<(), Status> {
@@ -43,6 +23,7 @@ impl VirtioIommu {
         // set status to VIRTIO_IOMMU_S_NOENT."
         let endpoint = self.endpoints.get(&id).ok_or(Status::NoEntry)?;
         let (group, previous) = (endpoint.group, endpoint.domain);
+        self.recover_if_empty(domain);
         self.check_domain(domain, id, bypass)?;
         self.check_siblings(group, id, domain)?;
 
@@ -54,7 +35,7 @@ impl VirtioIommu {
                     return Err(status);
                 }
             }
-            Agreement::Unattached | Agreement::None => self.group_mut(group).block(),
+            Agreement::Unattached | Agreement::Disagreement => self.group_mut(group).block(),
         }
         if let Some(endpoint) = self.endpoints.get_mut(&id) {
             endpoint.domain = Some(domain);
@@ -103,8 +84,8 @@ impl VirtioIommu {
         if attached.peek().is_none() || attached.any(|sibling| sibling == domain) {
             return Ok(());
         }
-        // 5.13.6.3.2: "If it cannot do so, the device MUST reject the request and set status to
-        // VIRTIO_IOMMU_S_UNSUPP."
+        // 5.13.6.3.2 names this status for an endpoint that cannot be attached beside others of its domain. Here others of
+        // its host group are in the way.
         Err(Status::Unsupported)
     }
 
@@ -120,23 +101,24 @@ impl VirtioIommu {
         endpoint.domain = None;
         let group = endpoint.group;
         // 5.13.6.4.2: "The device MUST ensure that after being detached from a domain, the endpoint cannot access any
-        // mapping from that domain." A sibling that stays keeps the group where it is, and with it this endpoint.
+        // mapping from that domain." Unless a sibling stays: it keeps the host group where it is, this endpoint with it.
         self.settle_group(group);
         self.leave_domain(domain, id);
         Ok(())
     }
 
-    /// Strikes an endpoint off a domain. "After all endpoints have been successfully detached from a domain, it
-    /// ceases to exist" (5.13.6.4).
+    /// Strikes an endpoint off a domain.
     fn leave_domain(&mut self, domain: DomainId, id: EndpointId) {
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.remove(&id);
         }
-        self.drop_unused_tables(domain);
+        self.drop_unused_tables();
         self.drop_domain_if_empty(domain);
     }
 
     fn drop_domain_if_empty(&mut self, domain: DomainId) {
+        // 5.13.6.4: "After all endpoints have been successfully detached from a domain, it ceases to exist and its ID can
+        // be reused by the driver for another domain."
         if self.domains.get(&domain).is_some_and(|domain| domain.endpoints.is_empty()) {
             self.domains.remove(&domain);
         }
@@ -148,188 +130,5 @@ impl VirtioIommu {
             endpoint.domain = None;
         }
         self.domains.clear();
-    }
-
-    /// What the attached members of a group agree on, as if one of them were in another domain already.
-    fn agreement(&self, group: usize, moving: Option<(EndpointId, DomainId)>) -> Agreement {
-        let mut agreement = Agreement::Unattached;
-        for member in self.group(group).members() {
-            let moved = moving.filter(|(id, _)| id == member).map(|(_, domain)| domain);
-            let current = self.endpoints.get(member).and_then(|endpoint| endpoint.domain);
-            agreement = match (agreement, moved.or(current)) {
-                (agreement, None) => agreement,
-                (Agreement::Unattached, Some(domain)) => Agreement::Domain(domain),
-                (Agreement::Domain(agreed), Some(domain)) if agreed == domain => agreement,
-                (_, Some(_)) => Agreement::None,
-            };
-        }
-        agreement
-    }
-
-    /// Brings a group to where its members' domains say. If the host refuses, the group is blocked.
-    pub(super) fn settle_group(&mut self, group: usize) {
-        match self.agreement(group, None) {
-            Agreement::Domain(domain) => {
-                if self.put_group_on(group, domain).is_err() {
-                    self.group_mut(group).block();
-                }
-            }
-            Agreement::Unattached if self.bypass => self.put_group_in_bypass(group),
-            Agreement::Unattached | Agreement::None => self.group_mut(group).block(),
-        }
-        self.drop_unused_bypass_tables();
-    }
-
-    /// Brings every group of which no member is attached to where the configuration's `bypass` says.
-    pub(super) fn settle_unattached_groups(&mut self) {
-        for group in 0..self.groups.len() {
-            if self.agreement(group, None) == Agreement::Unattached {
-                self.settle_group(group);
-            }
-        }
-    }
-
-    /// Whether the members of a group that are attached are all in this domain.
-    pub(super) fn should_be_on(&self, group: usize, domain: DomainId) -> bool {
-        self.agreement(group, None) == Agreement::Domain(domain)
-    }
-
-    /// Attaches a group to a table of a domain.
-    ///
-    /// # Errors
-    ///
-    /// The status to answer with; the group is where it was, or blocked.
-    pub(super) fn put_group_on(&mut self, group: usize, domain: DomainId) -> Result<(), Status> {
-        if self.group(group).is_on(domain) {
-            return Ok(());
-        }
-        let result = self.table_for(group, domain).and_then(|table| self.attach_group(group, domain, table));
-        self.drop_unused_tables(domain);
-        self.drop_unused_bypass_tables();
-        result
-    }
-
-    /// A table of the domain that the group can use: one that is there, or a new one with the same mappings.
-    fn table_for(&mut self, group: usize, domain: DomainId) -> Result<Arc<dyn IoPageTable>, Status> {
-        let host = Arc::clone(&self.group(group).host);
-        let ram = self.ram.clone();
-        let found = match self.domains.get_mut(&domain).map(|domain| &mut domain.kind) {
-            None => return Err(Status::NoEntry),
-            Some(DomainKind::Bypass) => {
-                if self.ram_in_reserved(group).is_some() {
-                    return Err(Status::Unsupported);
-                }
-                self.bypass_table(host.as_ref())
-            }
-            Some(DomainKind::Mapped(space)) if space.poisoned => return Err(Status::DeviceError),
-            Some(DomainKind::Mapped(space)) => space.table_for(host.as_ref(), &ram),
-        };
-        found.map_err(|error| {
-            let status = attach_status(error.kind);
-            self.note_attach_failure(group, Some(domain), &error);
-            status
-        })
-    }
-
-    fn attach_group(&mut self, group: usize, domain: DomainId, table: Arc<dyn IoPageTable>) -> Result<(), Status> {
-        if let Err(failure) = self.group(group).host.attach(&table) {
-            if failure.after == AfterFailure::Blocked {
-                self.group_mut(group).table = GroupTable::Blocked;
-            }
-            self.note_attach_failure(group, Some(domain), &failure.error);
-            return Err(attach_status(failure.error.kind));
-        }
-        let broken = self.broken_promise(group, table.as_ref());
-        self.group_mut(group).table = GroupTable::Domain(domain, table);
-        if let Some(notice) = broken {
-            self.group_mut(group).block();
-            self.notices.push(notice);
-            return Err(Status::Unsupported);
-        }
-        Ok(())
-    }
-
-    /// Compares what the host can map, now that it is attached, with what the guest was told.
-    fn broken_promise(&self, group: usize, table: &dyn IoPageTable) -> Option<Notice> {
-        let members = self.group(group).members();
-        let endpoint = *members.first()?;
-        let constraints = match table.constraints() {
-            Ok(constraints) => constraints,
-            Err(error) => {
-                let error = describe(&error);
-                return Some(Notice::AttachFailed { endpoint, domain: None, error, blocked: true });
-            }
-        };
-        if constraints.granule > self.settings.granule {
-            return Some(Notice::CoarserThanPromised { endpoint, granule: constraints.granule });
-        }
-        members.iter().find_map(|member| {
-            let refused = self.endpoints.get(member)?.view.refused();
-            let promised = RangeSet::from(self.settings.input_range).subtract(refused);
-            let missing = promised.subtract(&constraints.usable);
-            (!missing.is_empty()).then_some(Notice::NarrowerThanPromised { endpoint: *member, missing })
-        })
-    }
-
-    pub(super) fn note_attach_failure(&mut self, group: usize, domain: Option<DomainId>, error: &HostError) {
-        let group = self.group(group);
-        if let Some(endpoint) = group.members().first().copied() {
-            let blocked = matches!(group.table, GroupTable::Blocked);
-            self.notices.push(Notice::AttachFailed { endpoint, domain, error: describe(error), blocked });
-        }
-    }
-
-    /// Frees the tables of a domain that no group is attached to.
-    fn drop_unused_tables(&mut self, domain: DomainId) {
-        let groups = &self.groups;
-        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
-            space.tables.retain(|table| groups.iter().any(|group| group.uses(table)));
-        }
-    }
-
-    pub(super) fn group(&self, index: usize) -> &Group {
-        #[expect(clippy::indexing_slicing, reason = "endpoints only hold indices of groups that were given with them")]
-        &self.groups[index]
-    }
-
-    pub(super) fn group_mut(&mut self, index: usize) -> &mut Group {
-        #[expect(clippy::indexing_slicing, reason = "endpoints only hold indices of groups that were given with them")]
-        &mut self.groups[index]
-    }
-}
-
-impl AddressSpace {
-    /// A table that the group can use: one that is there, or a new one with the same mappings.
-    fn table_for(&mut self, host: &dyn HostGroup, ram: &GuestRam) -> Result<Arc<dyn IoPageTable>, HostError> {
-        if let Some(table) = self.tables.iter().find(|table| host.can_share(table.as_ref())) {
-            return Ok(Arc::clone(table));
-        }
-        let table = host.new_table()?;
-        if !table.in_software() {
-            for mapping in self.mappings.iter() {
-                if let Some(segments) = mapping.segments(ram) {
-                    // A table that fails half-way is dropped, and what it mapped with it.
-                    table.map(mapping.iova, &segments, mapping.access).map_err(HostError::from)?;
-                }
-            }
-        }
-        self.tables.push(Arc::clone(&table));
-        Ok(table)
-    }
-}
-
-/// What an attach that the host refused is answered with.
-fn attach_status(kind: HostErrorKind) -> Status {
-    match kind {
-        HostErrorKind::NoMemory => Status::NoMemory,
-        HostErrorKind::ReservedConflict | HostErrorKind::Incompatible | HostErrorKind::Unmappable => {
-            Status::Unsupported
-        }
-        HostErrorKind::Gone => Status::NoEntry,
-        HostErrorKind::AlreadyMapped
-        | HostErrorKind::BadAddress
-        | HostErrorKind::NotBound
-        | HostErrorKind::Busy
-        | HostErrorKind::Other => Status::DeviceError,
     }
 }

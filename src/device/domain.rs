@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use crate::access::Access;
-use crate::host::IoPageTable;
+use crate::host::{HostError, HostGroup, IoPageTable};
 use crate::id::EndpointId;
 use crate::memory::{GuestRam, HostSegment};
 use crate::range::{IovaRange, RangeSet};
@@ -65,6 +65,26 @@ impl Domain {
             DomainKind::Bypass => None,
             DomainKind::Mapped(space) => Some(space),
         }
+    }
+}
+
+impl AddressSpace {
+    /// A table that the group can use: one that is there, or a new one with the same mappings.
+    pub fn table_for(&mut self, host: &dyn HostGroup, ram: &GuestRam) -> Result<Arc<dyn IoPageTable>, HostError> {
+        if let Some(table) = self.tables.iter().find(|table| host.can_share(table.as_ref())) {
+            return Ok(Arc::clone(table));
+        }
+        let table = host.new_table()?;
+        if !table.in_software() {
+            for mapping in self.mappings.iter() {
+                if let Some(segments) = mapping.segments(ram) {
+                    // A table that fails half-way is dropped, and what it mapped with it.
+                    table.map(mapping.iova, &segments, mapping.access).map_err(HostError::from)?;
+                }
+            }
+        }
+        self.tables.push(Arc::clone(&table));
+        Ok(table)
     }
 }
 

@@ -8,7 +8,7 @@ use crate::access::Access;
 use crate::id::EndpointId;
 use crate::spec::fault;
 
-/// Why an access did not get through (5.13.6.8, `VIRTIO_IOMMU_FAULT_R_*`).
+/// Why an access did not get through (5.13.6.9, `VIRTIO_IOMMU_FAULT_R_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum FaultReason {
@@ -46,7 +46,7 @@ impl Fault {
                 flags |= flag;
             }
         }
-        // 5.13.6.8.2: "The device SHOULD set reserved and reserved1 to zero", "undefined flags to zero".
+        // 5.13.6.9.2: "The device SHOULD set reserved and reserved1 to zero", "undefined flags to zero".
         let mut bytes = [0; fault::SIZE];
         bytes[0] = self.reason as u8;
         bytes[4..8].copy_from_slice(&flags.to_le_bytes());
@@ -79,8 +79,8 @@ impl FaultQueue {
         self.waiting.pop_front()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+    pub fn first(&self) -> Option<&Fault> {
+        self.waiting.front()
     }
 
     pub const fn dropped(&self) -> u64 {
@@ -125,6 +125,6 @@ mod tests {
         assert_eq!(queue.dropped(), 3);
         assert_eq!(queue.pop().unwrap().endpoint, EndpointId(0));
         assert_eq!(std::iter::from_fn(|| queue.pop()).last().unwrap().endpoint, EndpointId(255));
-        assert!(queue.is_empty());
+        assert_eq!(queue.first(), None);
     }
 }

@@ -9,7 +9,7 @@
 use vm_memory::GuestAddress;
 
 use super::domain::{Domain, Mapping, WouldSplit};
-use super::endpoint::GroupTable;
+use super::group::Agreement;
 use super::notice::describe;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
@@ -34,6 +34,7 @@ impl VirtioIommu {
         physical: u64,
         access: Access,
     ) -> Result<(), Status> {
+        self.recover_if_empty(domain);
         self.check_map(domain, iova, physical)?;
         let mapping = Mapping { iova, physical: GuestAddress(physical), access };
         // 5.13.6.5: "the range defined by phys_start and phys_end should be within the guest-physical address space".
@@ -71,7 +72,7 @@ impl VirtioIommu {
         if space.mappings.overlapping(iova).is_some() {
             return Err(Status::Invalid);
         }
-        // 5.13.6.7.3: "The device SHOULD reject a MAP request that overlaps a RESV_MEM region."
+        // 5.13.6.8.1.2: "The device SHOULD reject a MAP request that overlaps a RESV_MEM region."
         let mut views = domain.endpoints.iter().filter_map(|id| Some(&self.endpoints.get(id)?.view));
         if views.any(|view| view.refused().overlapping(iova).is_some()) {
             return Err(Status::Invalid);
@@ -94,26 +95,34 @@ impl VirtioIommu {
         let covered = space.mappings.covered(iova).map_err(|WouldSplit| Status::Range)?;
         // 5.13.6.6.2: "If part of the range or the full range is not covered by an existing mapping, then the device
         // SHOULD remove all mappings affected by the range and set the request status to VIRTIO_IOMMU_S_OK."
-        let mut on_host: Option<(IovaRange, u64)> = None;
+        // One call to the host removes them all: whatever lies between the first and the last is not mapped.
+        let mut on_host: Option<(IovaRange, u128)> = None;
         for mapping in covered {
             if let Some(bytes) = mapping.bytes_on_host(&self.ram) {
                 let (start, before) = on_host.map_or((mapping.iova.start(), 0), |(hull, sum)| (hull.start(), sum));
-                on_host = IovaRange::new(start, mapping.iova.last()).map(|hull| (hull, before + bytes));
+                on_host = IovaRange::new(start, mapping.iova.last()).map(|hull| (hull, before + u128::from(bytes)));
             }
         }
         let failure = on_host.and_then(|(hull, bytes)| self.unmap_on_host(domain, hull, bytes).err());
-        let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) else {
-            return Err(Status::NoEntry);
-        };
-        space.mappings.remove(iova);
-        let emptied = space.poisoned && space.mappings.is_empty();
-        if let Some(error) = failure {
-            return if self.bring_back_in_step(domain, &error) { Ok(()) } else { Err(Status::DeviceError) };
+        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
+            space.mappings.remove(iova);
         }
-        if emptied {
+        match failure {
+            Some(error) if !self.bring_back_in_step(domain, &error) => Err(Status::DeviceError),
+            _ => {
+                self.recover_if_empty(domain);
+                Ok(())
+            }
+        }
+    }
+
+    /// A domain that could not be brought back in step, and has no mapping any more, starts afresh.
+    pub(super) fn recover_if_empty(&mut self, domain: DomainId) {
+        let space = self.domains.get(&domain).and_then(Domain::space);
+        if space.is_some_and(|space| space.poisoned && space.mappings.is_empty()) {
+            // If it fails again, the domain is as it was.
             self.rebuild(domain);
         }
-        Ok(())
     }
 
     /// The domain of a MAP or UNMAP.
@@ -134,7 +143,7 @@ impl VirtioIommu {
         segments: &[HostSegment],
         access: Access,
     ) -> Result<(), MapFailure> {
-        let length = segments.iter().map(|segment| segment.length).sum();
+        let length = segments.iter().map(|segment| u128::from(segment.length())).sum();
         let mut done: Vec<&dyn IoPageTable> = Vec::new();
         for table in self.host_tables(domain) {
             let Err(error) = table.map(iova, segments, access) else {
@@ -149,7 +158,7 @@ impl VirtioIommu {
     }
 
     /// Unmaps from every table of the domain, and does not stop at one that fails.
-    fn unmap_on_host(&self, domain: DomainId, iova: IovaRange, bytes: u64) -> Result<(), HostError> {
+    fn unmap_on_host(&self, domain: DomainId, iova: IovaRange, bytes: u128) -> Result<(), HostError> {
         let mut result = Ok(());
         for table in self.host_tables(domain) {
             result = result.and(unmap_exactly(table, iova, bytes));
@@ -191,26 +200,16 @@ impl VirtioIommu {
         rebuilt
     }
 
-    /// Blocks all groups of a domain and puts them on fresh tables.
+    /// Blocks all groups of a domain and puts them on fresh tables; whether that worked. If not, they stay blocked.
     fn rebuild(&mut self, domain: DomainId) -> bool {
-        let mut groups: Vec<usize> = Vec::new();
-        for (index, group) in self.groups.iter_mut().enumerate() {
-            let was_poisoned = matches!(group.table, GroupTable::Blocked)
-                && group
-                    .host
-                    .members()
-                    .iter()
-                    .any(|id| self.endpoints.get(id).is_some_and(|endpoint| endpoint.domain == Some(domain)));
-            if group.is_on(domain) || was_poisoned {
-                group.block();
-                groups.push(index);
-            }
+        let all = 0..self.groups.len();
+        let groups: Vec<usize> =
+            all.filter(|group| self.agreement(*group, None) == Agreement::Domain(domain)).collect();
+        for group in &groups {
+            self.group_mut(*group).block();
         }
         self.forget_tables(domain, false);
-        for group in &groups {
-            self.settle_group(*group);
-        }
-        let rebuilt = groups.iter().all(|group| !self.should_be_on(*group, domain) || self.group(*group).is_on(domain));
+        let rebuilt = groups.iter().all(|group| self.put_group_on(*group, domain).is_ok());
         if !rebuilt {
             for group in groups {
                 self.group_mut(group).block();
@@ -229,9 +228,9 @@ impl VirtioIommu {
 }
 
 /// Unmaps, and takes any other number of bytes than expected for a failure.
-pub(super) fn unmap_exactly(table: &dyn IoPageTable, iova: IovaRange, bytes: u64) -> Result<(), HostError> {
+pub(super) fn unmap_exactly(table: &dyn IoPageTable, iova: IovaRange, bytes: u128) -> Result<(), HostError> {
     match table.unmap(iova) {
-        Ok(gone) if gone == bytes => Ok(()),
+        Ok(gone) if u128::from(gone) == bytes => Ok(()),
         Ok(gone) => {
             let action = format!("unmapping {iova} removed {gone:#x} bytes instead of {bytes:#x}");
             Err(HostError::new(HostErrorKind::Other, action, None))

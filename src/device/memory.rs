@@ -17,9 +17,9 @@ struct Change {
 }
 
 impl VirtioIommu {
-    /// Tells the device what guest memory is. When this returns, no host page table reaches memory that is no longer
-    /// the guest's; mappings into memory that stays are not disturbed, and those into memory that left stay in the
-    /// domain and reach nothing until it is back.
+    /// Tells the device what guest memory is. When this returns, no table of this device's reaches memory that is no
+    /// longer the guest's; mappings into memory that stays are not disturbed, and those into memory that left stay in
+    /// the domain and reach nothing until it is back. (Groups that are still as they were found are the VMM's to change.)
     pub fn set_memory(&mut self, ram: GuestRam) {
         let unchanged = self.ram.is_same(&ram);
         let old = std::mem::replace(&mut self.ram, ram);
@@ -32,8 +32,10 @@ impl VirtioIommu {
                 self.bring_back_in_step(domain, &error);
             }
         }
-        self.renew_bypass();
-        self.settle_unattached_groups();
+        self.leave_identity_tables();
+        for group in 0..self.groups.len() {
+            self.settle_group(group);
+        }
     }
 
     fn follow_memory(&self, domain: DomainId, old: &GuestRam) -> Result<(), HostError> {
@@ -66,7 +68,7 @@ impl Change {
 
     fn apply(&self, table: &dyn crate::host::IoPageTable) -> Result<(), HostError> {
         if let Some(before) = &self.before {
-            let bytes = before.iter().map(|segment| segment.length).sum();
+            let bytes = before.iter().map(|segment| u128::from(segment.length())).sum();
             unmap_exactly(table, self.mapping.iova, bytes)?;
         }
         if let Some(after) = &self.after {

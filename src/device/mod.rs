@@ -15,15 +15,16 @@ use crate::host::{HostGroup, IoPageTable};
 use crate::id::{DomainId, EndpointId};
 use crate::memory::GuestRam;
 use crate::range::IovaRange;
-use crate::request::{Request, RequestKind, Status, write_reply};
+use crate::request::{LARGEST_REPLY, Request, RequestKind, Status, probe_reply_size, write_reply};
 use crate::reserved::EndpointView;
 use crate::spec::{self, config, feature};
 
 mod attach;
-mod bypass;
 mod domain;
 mod endpoint;
 mod fault;
+mod group;
+mod identity;
 mod map;
 mod memory;
 mod notice;
@@ -32,8 +33,9 @@ mod statistics;
 mod tests;
 
 use domain::Domain;
-use endpoint::{Endpoint, Group, GroupTable};
+use endpoint::Endpoint;
 use fault::FaultQueue;
+use group::{Group, GroupTable};
 use notice::NoticeQueue;
 
 pub use fault::{Fault, FaultReason};
@@ -64,7 +66,7 @@ pub struct Settings {
 
 impl Settings {
     /// Room for 64 properties.
-    const DEFAULT_PROBE_SIZE: u32 = 64 * 24;
+    const DEFAULT_PROBE_SIZE: u32 = 1536;
 
     /// Defaults for a device that can map these addresses in pages of `granule` bytes, a power of two.
     pub const fn new(input_range: IovaRange, granule: u64) -> Self {
@@ -110,6 +112,12 @@ pub enum SetupError {
         /// The input range.
         input_range: IovaRange,
     },
+    /// The range of domain IDs ends before it starts.
+    #[error("the domain range {0:?} is empty")]
+    DomainRange(RangeInclusive<u32>),
+    /// A PROBE reply of this size would be larger than any reply.
+    #[error("{0} bytes of properties are more than a reply may have")]
+    ReplySize(u32),
     /// The regions of an endpoint do not fit a PROBE reply.
     #[error("the {regions} reserved regions of endpoint {endpoint} do not fit {probe_size} bytes of properties")]
     ProbeSize {
@@ -134,7 +142,9 @@ pub struct VirtioIommu {
     groups: Vec<Group>,
     domains: BTreeMap<DomainId, Domain>,
     /// Tables in which guest memory is mapped to itself.
-    bypass_tables: Vec<Arc<dyn IoPageTable>>,
+    identity_tables: Vec<Arc<dyn IoPageTable>>,
+    /// Nothing is attached any more, whatever comes.
+    ended: bool,
     faults: FaultQueue,
     notices: NoticeQueue,
     statistics: Statistics,
@@ -164,7 +174,8 @@ impl VirtioIommu {
             endpoints,
             groups,
             domains: BTreeMap::new(),
-            bypass_tables: Vec::new(),
+            identity_tables: Vec::new(),
+            ended: false,
             faults: FaultQueue::default(),
             notices: NoticeQueue::default(),
             statistics: Statistics::default(),
@@ -259,7 +270,7 @@ impl VirtioIommu {
     fn probe(&self, endpoint: EndpointId, writable: usize) -> Result<EndpointView, Status> {
         // 5.13.6.7.2: "If the properties list is smaller than probe_size, the device SHOULD NOT write any property.
         // It SHOULD reject the request and set status to VIRTIO_IOMMU_S_INVAL."
-        if writable < RequestKind::Probe.reply_size(self.settings.probe_size) {
+        if writable < probe_reply_size(self.settings.probe_size) {
             return Err(Status::Invalid);
         }
         // 5.13.6.7.2: "If the endpoint identified by endpoint doesn't exist, then the device SHOULD reject the
@@ -276,23 +287,32 @@ impl VirtioIommu {
         self.settle_unattached_groups();
     }
 
-    /// Ends the device's work: refuses all DMA of all endpoints and frees every page table.
+    /// Resets the device as the machine around it is reset: as [`reset`](Self::reset), and `bypass` gets its initial value
+    /// (5.13.4.2: it "SHOULD be restored to its initial value on system reset").
+    pub fn system_reset(&mut self) {
+        self.bypass = self.settings.boot_bypass;
+        self.reset();
+    }
+
+    /// Ends the device's work for good: refuses all DMA of all endpoints, those included that are still as they were
+    /// found, and frees every page table.
     pub fn shut_down(&mut self) {
+        self.ended = true;
         for group in &mut self.groups {
             group.block();
         }
         self.detach_all();
-        self.bypass_tables.clear();
+        self.drop_unused_tables();
+    }
+
+    /// The oldest fault event that waits for the guest.
+    pub fn first_fault(&self) -> Option<&Fault> {
+        self.faults.first()
     }
 
     /// Takes the oldest fault event that waits for the guest.
-    pub fn next_fault(&mut self) -> Option<Fault> {
+    pub fn take_fault(&mut self) -> Option<Fault> {
         self.faults.pop()
-    }
-
-    /// Whether a fault event waits for the guest.
-    pub fn has_faults(&self) -> bool {
-        !self.faults.is_empty()
     }
 
     /// Takes the oldest notice for the operator.
@@ -310,19 +330,29 @@ impl VirtioIommu {
 }
 
 impl Drop for VirtioIommu {
-    /// A device that is gone translates nothing.
+    /// A device that is gone translates nothing. What it never touched, it leaves alone: a device may be made and found
+    /// wanting while a VM runs.
     fn drop(&mut self) {
-        self.shut_down();
+        for group in &mut self.groups {
+            if !matches!(group.table, GroupTable::AsFound) {
+                group.block();
+            }
+        }
     }
 }
 
 fn check_settings(settings: &Settings) -> Result<(), SetupError> {
-    let Settings { granule, input_range, .. } = *settings;
-    if granule.is_power_of_two() && granule <= 1 << 21 && input_range.is_aligned(granule) {
-        Ok(())
-    } else {
-        Err(SetupError::Granule { granule, input_range })
+    let Settings { granule, input_range, probe_size, .. } = *settings;
+    if !granule.is_power_of_two() || granule > 1 << 21 || !input_range.is_aligned(granule) {
+        return Err(SetupError::Granule { granule, input_range });
     }
+    if settings.domain_range.is_empty() {
+        return Err(SetupError::DomainRange(settings.domain_range.clone()));
+    }
+    if probe_reply_size(probe_size) > LARGEST_REPLY {
+        return Err(SetupError::ReplySize(probe_size));
+    }
+    Ok(())
 }
 
 fn place_endpoints(

@@ -341,6 +341,11 @@ mod protocol {
         let narrow = Settings { probe_size: 23, ..settings() };
         let result = VirtioIommu::new(narrow, vec![(LONE, msi_view())], vec![group(&[LONE])]);
         assert!(matches!(result, Err(SetupError::ProbeSize { regions: 1, .. })));
+        #[expect(clippy::reversed_empty_ranges, reason = "that is what is refused")]
+        let inverted = Settings { domain_range: 2..=1, ..settings() };
+        assert!(matches!(VirtioIommu::new(inverted, vec![], vec![]), Err(SetupError::DomainRange(_))));
+        let huge = Settings { probe_size: 0x1_0000, ..settings() };
+        assert!(matches!(VirtioIommu::new(huge, vec![], vec![]), Err(SetupError::ReplySize(_))));
         for granule in [0, 3, 1 << 22] {
             let result = VirtioIommu::new(Settings { granule, ..settings() }, vec![], vec![]);
             assert!(matches!(result, Err(SetupError::Granule { .. })), "{granule}");
@@ -458,8 +463,8 @@ mod attaching {
         assert_eq!(machine.reads(LONE, 0x5000), Some(0x1000));
     }
 
-    #[test]
-    fn attach_should_be_unsupp_when_the_domain_maps_what_the_endpoint_reserves() {
+    /// [`LONE`] reaches 48 bits, [`LEFT`] 39.
+    fn narrow_and_wide() -> (FakeHost, VirtioIommu) {
         let host = FakeHost::new(Flavour::Iommufd);
         let tail = ReservedRegion { range: range("8000000000-ffffffffffff"), kind: ReservedKind::Reserved };
         let narrow = EndpointView::new(vec![msi_view().reported()[0], tail]).unwrap();
@@ -468,35 +473,64 @@ mod attaching {
         let endpoints = vec![(LONE, msi_view()), (LEFT, narrow)];
         let mut device = VirtioIommu::new(settings(), endpoints, groups).unwrap();
         device.set_memory(ram());
-        let mut send = |bytes: &[u8]| {
-            let mut tail = [0; 4];
-            device.handle(bytes, &mut tail);
-            tail[0]
-        };
+        (host, device)
+    }
+
+    fn send(device: &mut VirtioIommu, bytes: &[u8]) -> u8 {
+        let mut tail = [0xaa; 4];
+        assert_eq!(device.handle(bytes, &mut tail), 4);
+        tail[0]
+    }
+
+    #[test]
+    fn attach_should_be_unsupp_when_the_domain_maps_what_the_endpoint_reserves() {
+        let (host, mut device) = narrow_and_wide();
         let high = range("8000000000-8000000fff");
-        assert_eq!(send(&attach_bytes(1, LONE, 0)), OK);
-        assert_eq!(send(&map_bytes(1, high, 0, READ)), OK);
+        assert_eq!(send(&mut device, &attach_bytes(1, LONE, 0)), OK);
+        assert_eq!(send(&mut device, &map_bytes(1, high, 0, READ)), OK);
         let calls = host.calls();
-        assert_eq!(send(&attach_bytes(1, LEFT, 0)), UNSUPP);
+        assert_eq!(send(&mut device, &attach_bytes(1, LEFT, 0)), UNSUPP);
         assert_eq!(host.calls(), calls, "the host is not asked");
-        assert_eq!(send(&unmap_bytes(1, high)), OK);
-        assert_eq!(send(&attach_bytes(1, LEFT, 0)), OK);
-        assert_eq!(send(&map_bytes(1, high, 0, READ)), INVAL, "reserved for one of the endpoints");
+        assert_eq!(send(&mut device, &unmap_bytes(1, high)), OK);
+        assert_eq!(send(&mut device, &attach_bytes(1, LEFT, 0)), OK);
+        assert_eq!(send(&mut device, &map_bytes(1, high, 0, READ)), INVAL, "reserved for one of the endpoints");
+    }
+
+    #[test]
+    fn a_narrow_and_a_wide_endpoint_share_a_domain_in_either_order() {
+        for order in [[LONE, LEFT], [LEFT, LONE]] {
+            let (_host, mut device) = narrow_and_wide();
+            send(&mut device, &attach_bytes(9, order[1], 0));
+            for endpoint in order {
+                assert_eq!(send(&mut device, &attach_bytes(1, endpoint, 0)), OK, "{order:?}");
+            }
+        }
     }
 
     #[test]
     fn a_host_that_maps_less_than_promised_is_blocked_and_unsupp() {
         let host = FakeHost::new(Flavour::Iommufd);
-        let group = host.group(&[LONE], RangeSet::from(range("0-7fffffffff")));
-        let mut device = VirtioIommu::new(settings(), vec![(LONE, msi_view())], vec![group]).unwrap();
+        let narrow = RangeSet::from(range("0-7fffffffff")).subtract(msi_view().refused());
+        let groups = vec![host.group(&[LONE], narrow)];
+        let mut device = VirtioIommu::new(settings(), vec![(LONE, msi_view())], groups).unwrap();
         device.set_memory(ram());
-        let mut tail = [0; 4];
-        device.handle(&attach_bytes(1, LONE, 0), &mut tail);
-        assert_eq!(tail[0], UNSUPP);
+        assert_eq!(send(&mut device, &attach_bytes(1, LONE, 0)), UNSUPP);
         assert_eq!(host.attachment(LONE), Attachment::Blocked);
         let notice = device.next_notice().unwrap().to_string();
         assert!(notice.contains("0x8000000000-0xffffffffffff"), "{notice}");
         assert_eq!(host.table_count(), 0);
+        assert_eq!(device.first_fault(), None, "the guest knows by the status");
+    }
+
+    #[test]
+    fn an_endpoint_that_loses_its_domain_to_a_broken_promise_has_an_event_and_leaves_no_table() {
+        let mut machine = Machine::new(Flavour::Iommufd);
+        machine.attach(1, LONE);
+        machine.host.narrow(LONE, RangeSet::from(range("0-7fffffffff")));
+        assert_eq!(machine.send(&attach_bytes(2, LONE, 0), 4).status, UNSUPP);
+        assert!(machine.is_blocked(LONE));
+        assert_eq!(machine.host.table_count(), 0);
+        assert_eq!(machine.device.take_fault().unwrap().endpoint, LONE);
     }
 
     #[test]
@@ -847,6 +881,59 @@ mod bypass {
     }
 
     #[test]
+    fn system_reset_restores_bypass() {
+        for boot_bypass in [true, false] {
+            let mut machine = Machine::with(Flavour::Iommufd, Settings { boot_bypass, ..settings() });
+            machine.device.write_config(36, &[u8::from(!boot_bypass)]);
+            machine.attach(1, LONE);
+            machine.device.system_reset();
+            assert_eq!(machine.device.config()[36], u8::from(boot_bypass));
+            assert_eq!(machine.is_blocked(LONE), !boot_bypass);
+        }
+    }
+
+    #[test]
+    fn a_device_that_was_plugged_after_it_was_blocked_is_blocked_again() {
+        let mut machine = without_boot_bypass();
+        machine.host.attach_elsewhere(LONE);
+        machine.device.reset();
+        assert!(machine.is_blocked(LONE));
+        machine.host.attach_elsewhere(LONE);
+        machine.device.shut_down();
+        assert!(machine.is_blocked(LONE));
+    }
+
+    #[test]
+    fn a_device_that_is_dropped_unused_leaves_a_running_vm_alone() {
+        let host = FakeHost::new(Flavour::Iommufd);
+        let groups = vec![host.group(&[LONE], usable())];
+        drop(VirtioIommu::new(settings(), vec![(LONE, msi_view())], groups).unwrap());
+        assert_eq!(host.attachment(LONE), Attachment::AsFound);
+        let machine = Machine::new(Flavour::Iommufd);
+        let host = machine.host.clone();
+        let mut machine = machine;
+        machine.attach(1, LONE);
+        drop(machine);
+        assert_eq!((host.attachment(LONE), host.attachment(LEFT)), (Attachment::Blocked, Attachment::AsFound));
+    }
+
+    #[test]
+    fn nothing_is_attached_after_shutting_down() {
+        let mut machine = Machine::new(Flavour::Iommufd);
+        machine.device.shut_down();
+        assert_eq!(machine.attach(1, LONE), DEVERR);
+        assert_eq!(machine.attach_bypass(1, LONE), DEVERR);
+        machine.device.set_memory(GuestRam::default());
+        machine.device.set_memory(ram());
+        machine.device.write_config(36, &[0]);
+        machine.device.write_config(36, &[1]);
+        machine.device.reset();
+        machine.device.set_driver_features(machine.device.features());
+        assert!(machine.is_blocked(LONE) && machine.is_blocked(LEFT));
+        assert_eq!(machine.host.table_count(), 0);
+    }
+
+    #[test]
     fn shutting_down_blocks_everything_and_frees_every_table() {
         let mut machine = Machine::new(Flavour::Type1);
         machine.attach(1, LONE);
@@ -886,7 +973,7 @@ mod host_failures {
                 machine.host.fail_after(k, Failure::Error(kind));
                 assert_eq!(machine.map(1, "5000-5fff", 0x1000, WRITE), status, "{kind:?} at {k}");
                 machine.check_invariants();
-                let fault = machine.device.next_fault().unwrap();
+                let fault = machine.device.take_fault().unwrap();
                 assert_eq!((fault.reason, fault.address), (FaultReason::Mapping, Some(0x5000)));
                 assert_eq!((fault.endpoint, fault.access), (LONE, Access::WRITE));
                 assert!(machine.device.next_notice().unwrap().to_string().contains("0x5000-0x5fff"));
@@ -921,7 +1008,7 @@ mod host_failures {
                 machine.check_invariants();
                 let notice = machine.device.next_notice().unwrap();
                 assert!(matches!(notice, Notice::OutOfStep { rebuilt: true, .. }), "{notice}");
-                assert_eq!(machine.device.next_fault().unwrap().reason, FaultReason::Unknown);
+                assert_eq!(machine.device.take_fault().unwrap().reason, FaultReason::Unknown);
             }
         }
     }
@@ -940,10 +1027,26 @@ mod host_failures {
         assert_eq!(machine.map(1, "7000-7fff", 0, READ), DEVERR);
         assert_eq!(machine.attach(1, LEFT), DEVERR);
         assert_eq!(machine.send(&unmap_bytes(1, range("1000-1fff")), 4).status, OK);
-        assert!(!machine.is_blocked(LONE) && !machine.is_blocked(LEFT));
+        assert!(!machine.is_blocked(LONE) && !machine.is_blocked(LEFT), "it is empty");
         assert_eq!(machine.map(1, "7000-7fff", 0x2000, READ), OK);
         assert_eq!(machine.reads(LEFT, 0x7000), Some(0x2000));
         machine.check_invariants();
+    }
+
+    #[test]
+    fn a_domain_that_lost_its_last_mapping_with_the_host_starts_afresh() {
+        for again in [map_bytes(1, range("7000-7fff"), 0x2000, READ), attach_bytes(1, RIGHT, 0)] {
+            let mut machine = two_tables();
+            for k in 0..20 {
+                machine.host.fail_after(k, Failure::Error(HostErrorKind::Other));
+            }
+            assert_eq!(machine.send(&unmap_bytes(1, range("1000-1fff")), 4).status, DEVERR);
+            assert!(machine.is_blocked(LONE) && machine.is_blocked(LEFT));
+            machine.host.stop_failing();
+            assert_eq!(machine.send(&again, 4).status, OK);
+            assert!(!machine.is_blocked(LONE) && !machine.is_blocked(LEFT));
+            machine.check_invariants();
+        }
     }
 
     #[test]
@@ -1064,6 +1167,18 @@ mod memory {
         machine.device.set_memory(software(&[(0, RAM_SIZE / 2)]));
         assert_eq!(machine.reads(LONE, 0x5000), None);
         machine.check_invariants();
+    }
+
+    #[test]
+    fn a_bypass_domain_that_could_not_follow_is_tried_again_and_reported() {
+        let mut machine = Machine::new(Flavour::Iommufd);
+        machine.attach_bypass(1, LONE);
+        machine.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+        machine.device.set_memory(software(&[(0x1000, 0x1000)]));
+        assert!(machine.is_blocked(LONE));
+        assert_eq!(machine.device.take_fault().unwrap().endpoint, LONE);
+        machine.device.set_memory(ram());
+        assert_eq!(machine.reads(LONE, 0x2000), Some(0x2000));
     }
 
     #[test]

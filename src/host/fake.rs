@@ -161,6 +161,20 @@ impl FakeHost {
         None
     }
 
+    /// The devices of a group can use less from now on.
+    pub fn narrow(&self, endpoint: EndpointId, usable: RangeSet) {
+        let mut state = self.lock();
+        let group = state.groups.iter_mut().find(|group| group.members.contains(&endpoint));
+        group.expect("the endpoint is in a group").usable = usable;
+    }
+
+    /// Somebody else attaches the group of an endpoint to guest memory as it is, as a VMM does with a device that it plugs.
+    pub fn attach_elsewhere(&self, endpoint: EndpointId) {
+        let mut state = self.lock();
+        let group = state.groups.iter_mut().find(|group| group.members.contains(&endpoint));
+        group.expect("the endpoint is in a group").attachment = Attachment::AsFound;
+    }
+
     /// How many tables there are.
     pub fn table_count(&self) -> usize {
         self.lock().tables.len()
@@ -274,8 +288,8 @@ impl IoPageTable for FakeTable {
         if let Some(failure) = state.call() {
             return Err(MapError::Refused(planned(failure)));
         }
-        let length: u128 = to.iter().map(|segment| u128::from(segment.length)).sum();
-        let aligned = iova.is_aligned(GRANULE) && to.iter().all(|segment| segment.start.0 & (GRANULE - 1) == 0);
+        let length: u128 = to.iter().map(|segment| u128::from(segment.length())).sum();
+        let aligned = iova.is_aligned(GRANULE) && to.iter().all(|segment| segment.start().0 & (GRANULE - 1) == 0);
         if length != iova.size() || !aligned || access.is_none() || !state.usable(self.id).covers(iova) {
             return Err(MapError::Refused(error(HostErrorKind::Unmappable)));
         }
@@ -283,7 +297,7 @@ impl IoPageTable for FakeTable {
         if table.values().any(|mapping| mapping.iova.overlaps(iova)) {
             return Err(MapError::Refused(error(HostErrorKind::AlreadyMapped)));
         }
-        let to = to.iter().map(|segment| (segment.start.0, segment.length)).collect();
+        let to = to.iter().map(|segment| (segment.start().0, segment.length())).collect();
         table.insert(iova.start(), FakeMapping { iova, to, access });
         Ok(())
     }

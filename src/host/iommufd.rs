@@ -37,6 +37,7 @@ use super::{
     AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, UnmapError,
 };
 use crate::access::Access;
+use crate::fd::{FileKind, WrongFile};
 use crate::id::EndpointId;
 use crate::memory::{FileMemory, HostMemory, HostSegment};
 use crate::range::{IovaRange, RangeSet};
@@ -71,7 +72,7 @@ const fn vfio_opcode(number: u32) -> Opcode {
 ///
 /// # Safety
 ///
-/// The file must be of the kind that the code belongs to, `argument` must be the structure that the code takes, with
+/// The file must be of the kind that the code belongs to (which `Iommufd` and `VfioDevice` make sure of), `argument` must be the structure that the code takes, with
 /// its size field right, and every address in it must point to what the kernel expects there.
 unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) -> Result<(), Errno> {
     // SAFETY: the caller vouches for code, structure and addresses.
@@ -100,8 +101,13 @@ pub struct Iommufd {
 
 impl Iommufd {
     /// Takes an open `/dev/iommu`.
-    pub const fn new(file: OwnedFd) -> Self {
-        Self { file }
+    ///
+    /// # Errors
+    ///
+    /// It is something else.
+    pub fn new(file: OwnedFd) -> Result<Self, WrongFile> {
+        FileKind::Iommufd.check(&file)?;
+        Ok(Self { file })
     }
 
     /// Makes an empty address space.
@@ -111,7 +117,7 @@ impl Iommufd {
     /// Whatever the kernel says; a file that is no iommufd among it.
     pub fn new_ioas(self: &Arc<Self>) -> Result<Ioas, HostError> {
         let mut argument = iommu_ioas_alloc { size: size::<iommu_ioas_alloc>(), ..Default::default() };
-        // SAFETY: the structure has no addresses; a file of another kind does not know the code.
+        // SAFETY: the structure has no addresses.
         unsafe { call::<IOAS_ALLOC, _>(self.file.as_fd(), &mut argument) }
             .map_err(|errno| failed(errno, "IOMMU_IOAS_ALLOC", out_of_memory_or_other(errno)))?;
         Ok(Ioas { iommufd: Arc::clone(self), id: argument.out_ioas_id, held: Mutex::default() })
@@ -136,8 +142,13 @@ pub struct VfioDevice {
 
 impl VfioDevice {
     /// Takes an open `/dev/vfio/devices/vfioN`, and a name for messages.
-    pub const fn new(file: OwnedFd, name: String) -> Self {
-        Self { file, name }
+    ///
+    /// # Errors
+    ///
+    /// It is something else.
+    pub fn new(file: OwnedFd, name: String) -> Result<Self, WrongFile> {
+        FileKind::VfioDevice.check(&file)?;
+        Ok(Self { file, name })
     }
 
     /// Binds the device to an iommufd. Needed once for each device file, before anything else can be done with it.
@@ -237,26 +248,29 @@ impl Ioas {
 
     /// Maps one piece of memory.
     fn map_segment(&self, iova: u64, segment: &HostSegment, access: Access) -> Result<(), HostError> {
-        let action = |call| format!("{call} of {:#x} bytes at {iova:#x}", segment.length);
-        let Some(host) = &segment.host else {
+        let action = |call| format!("{call} of {:#x} bytes at {iova:#x}", segment.length());
+        let Some(host) = segment.host() else {
             return Err(HostError::new(HostErrorKind::BadAddress, action("mapping"), None));
         };
         if let Some(file) = host.pinnable_file() {
-            return self
-                .map_file(iova, file, segment.length, access)
-                .map_err(|errno| failed(errno, action("IOMMU_IOAS_MAP_FILE"), map_error_kind(errno)));
+            match self.map_file(iova, file, segment.length(), access) {
+                Ok(()) => return Ok(()),
+                // Before Linux 6.13 there is mapping by address only.
+                Err(Errno::NOTTY) => (),
+                Err(errno) => return Err(failed(errno, action("IOMMU_IOAS_MAP_FILE"), map_error_kind(errno))),
+            }
         }
         let mut argument = iommu_ioas_map {
             size: size::<iommu_ioas_map>(),
             flags: map_flags(access),
             ioas_id: self.id,
             user_va: host.address(),
-            length: segment.length,
+            length: segment.length(),
             iova,
             ..Default::default()
         };
-        // SAFETY: the address range is mapped guest memory, which `host` keeps mapped. It is held below for as long as
-        // the kernel may look at the range.
+        // SAFETY: a segment is mapped at this address for its whole length, and `host` keeps it mapped: it is held below
+        // for as long as the kernel may look at the range.
         unsafe { call::<IOAS_MAP, _>(self.iommufd.file.as_fd(), &mut argument) }
             .map_err(|errno| failed(errno, action("IOMMU_IOAS_MAP"), map_error_kind(errno)))?;
         self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(iova, host.clone());
@@ -264,13 +278,13 @@ impl Ioas {
     }
 
     fn map_file(&self, iova: u64, memory: &FileMemory, length: u64, access: Access) -> Result<(), Errno> {
-        let file: &File = &memory.file;
+        let file: &File = memory.file();
         let mut argument = iommu_ioas_map_file {
             size: size::<iommu_ioas_map_file>(),
             flags: map_flags(access),
             ioas_id: self.id,
             fd: file.as_raw_fd(),
-            start: memory.offset,
+            start: memory.offset(),
             length,
             iova,
         };
@@ -287,7 +301,10 @@ impl Ioas {
 
     fn release_held(&self, iova: IovaRange) {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|start, _| *start < iova.start() || iova.last() < *start);
+        while let Some((start, _)) = held.range(iova.start()..=iova.last()).next() {
+            let start = *start;
+            held.remove(&start);
+        }
     }
 }
 
@@ -296,7 +313,7 @@ impl IoPageTable for Ioas {
         let mut done = 0;
         for segment in to {
             let Err(error) = self.map_segment(iova.start() + done, segment, access) else {
-                done += segment.length;
+                done += segment.length();
                 continue;
             };
             if done == 0 {

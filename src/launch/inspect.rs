@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::fd::WrongFile;
 use crate::host::HostError;
 use crate::host::IoPageTable;
 use crate::host::iommufd::{Iommufd, VfioDevice};
@@ -40,6 +41,9 @@ pub enum UsableError {
         /// Why.
         source: io::Error,
     },
+    /// A device node is something else.
+    #[error(transparent)]
+    WrongFile(#[from] WrongFile),
     /// The host refused.
     #[error("the device is in use, or the host refuses it")]
     Host(#[from] HostError),
@@ -74,8 +78,8 @@ fn usable(node: &Path, address: PciAddress) -> Result<RangeSet, UsableError> {
         let file = File::options().read(true).write(true).open(path);
         file.map_err(|source| UsableError::Open { path: path.to_owned(), source })
     };
-    let iommufd = Arc::new(Iommufd::new(open(Path::new("/dev/iommu"))?.into()));
-    let device = VfioDevice::new(open(node)?.into(), address.to_string());
+    let iommufd = Arc::new(Iommufd::new(open(Path::new("/dev/iommu"))?.into())?);
+    let device = VfioDevice::new(open(node)?.into(), address.to_string())?;
     device.bind(&iommufd)?;
     let ioas = iommufd.new_ioas()?;
     device.attach(&ioas)?;

@@ -4,7 +4,7 @@
 
 use std::error::Error;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
@@ -57,7 +57,7 @@ impl FactsFile {
     ///
     /// [`FactsError`]
     pub fn read(path: &Path) -> Result<Self, FactsError> {
-        let text = fs::read_to_string(path).map_err(|source| FactsError::Access { path: path.to_owned(), source })?;
+        let text = read_limited(path).map_err(|source| FactsError::Access { path: path.to_owned(), source })?;
         let file = Self::from_json(&text).map_err(|source| FactsError::Format { path: path.to_owned(), source })?;
         for (index, (id, _)) in file.devices.iter().enumerate() {
             if file.devices.iter().take(index).any(|(other, _)| other == id) {
@@ -95,6 +95,17 @@ impl FactsFile {
         text.push('\n');
         text
     }
+}
+
+/// Reads a file that is not larger than any file of facts.
+fn read_limited(path: &Path) -> io::Result<String> {
+    const LIMIT: u64 = 256 << 10;
+    let mut text = String::new();
+    let length = fs::File::open(path)?.take(LIMIT + 1).read_to_string(&mut text)?;
+    if length as u64 > LIMIT {
+        return Err(io::Error::other(format!("it is larger than {LIMIT} bytes")));
+    }
+    Ok(text)
 }
 
 #[derive(Deserialize, Serialize)]

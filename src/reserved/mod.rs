@@ -19,7 +19,7 @@ pub mod policy;
 #[cfg(feature = "iommufd")]
 pub mod sysfs;
 
-/// What a reserved region is to the guest (5.13.6.7.3, `VIRTIO_IOMMU_RESV_MEM_T_*`).
+/// What a reserved region is to the guest (5.13.6.8.1, `VIRTIO_IOMMU_RESV_MEM_T_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReservedKind {
     /// It cannot be mapped.
@@ -53,13 +53,13 @@ impl EndpointView {
     pub fn new(mut reported: Vec<ReservedRegion>) -> Result<Self, ViewError> {
         reported.sort_by_key(|region| region.range);
         for (region, next) in reported.iter().zip(reported.iter().skip(1)) {
-            // 5.13.6.7.3: "The device SHOULD NOT present multiple RESV_MEM properties that overlap each other for
+            // 5.13.6.8.1.2: "The device SHOULD NOT present multiple RESV_MEM properties that overlap each other for
             // the same endpoint."
             if region.range.overlaps(next.range) {
                 return Err(ViewError::Overlap(region.range, next.range));
             }
         }
-        // 5.13.6.7.3: "The device SHOULD NOT present more than one VIRTIO_IOMMU_RESV_MEM_T_MSI property per
+        // 5.13.6.8.1.2: "The device SHOULD NOT present more than one VIRTIO_IOMMU_RESV_MEM_T_MSI property per
         // endpoint."
         if reported.iter().filter(|region| region.kind == ReservedKind::Msi).count() > 1 {
             return Err(ViewError::SecondMsi);

@@ -3,12 +3,13 @@
 //! The device behind vhost-user messages and rings.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use log::{debug, error, info, warn};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringState, VringT};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -19,7 +20,7 @@ use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
 use crate::device::{Statistics, VirtioIommu};
 use crate::memory::GuestRam;
-use crate::queue::{QueueError, deliver_faults, process_requests};
+use crate::queue::{Batch, deliver_faults, process_requests};
 use crate::spec;
 
 /// The largest queue that a frontend may ask for.
@@ -27,7 +28,7 @@ const LARGEST_QUEUE: usize = 1024;
 /// How many requests are handled before the rings' state is looked at again.
 const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
-pub(super) const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
+const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringMutex<Memory>;
@@ -39,7 +40,8 @@ pub struct BackendOptions {
     pub on_stop: OnStop,
 }
 
-/// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring.
+/// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring. Under the state's
+/// lock no file of the frontend's is read or written.
 #[derive(Debug)]
 pub struct IommuBackend {
     options: BackendOptions,
@@ -70,21 +72,32 @@ struct RequestRing {
 }
 
 impl IommuBackend {
-    /// A backend for this device. `memory` is what the library fills.
+    /// A backend for this device.
     ///
     /// # Errors
     ///
     /// No event descriptors can be had.
-    pub fn new(device: VirtioIommu, memory: Memory, options: BackendOptions) -> io::Result<Self> {
+    pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
         let state =
             State { device, features: 0, requests: RequestRing::default(), throttle: Throttle::new(Instant::now()) };
         Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again: pair()? })
     }
 
-    /// What becomes ready when a batch is to be continued: to be registered with the library's event loop.
-    pub(super) const fn again(&self) -> &EventConsumer {
-        &self.again.0
+    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget.
+    ///
+    /// # Errors
+    ///
+    /// The library cannot make its threads and events.
+    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
+        let daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.memory.clone())?;
+        for handler in daemon.get_epoll_handlers() {
+            handler
+                .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
+                .map_err(DaemonError::StartDaemon)?;
+        }
+        Ok(daemon)
     }
 
     /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
@@ -102,69 +115,72 @@ impl IommuBackend {
 
     fn serve_rings(&self, requests: &Vring, events: &Vring) {
         let mut state = self.lock();
-        let more = self.serve_requests(&mut state, &mut requests.get_mut());
-        if state.device.has_faults() {
-            self.serve_events(&mut state, &mut events.get_mut());
-        }
+        let handled = self.serve_requests(&mut state, &mut requests.get_mut());
+        let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();
+        // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
+        // down.
         drop(state);
-        if more && self.again.1.notify().is_err() {
-            error!("cannot continue with the requests that are left: waiting for the driver's next kick");
+        for (batch, vring) in [(handled, requests), (delivered, events)] {
+            if batch.notify
+                && let Err(error) = vring.signal_used_queue()
+            {
+                debug!("the frontend cannot be notified: {error}");
+            }
+        }
+        if handled.more || delivered.more {
+            self.look_again();
         }
     }
 
-    /// Handles a batch; whether there is more.
-    fn serve_requests(&self, state: &mut State, vring: &mut VringState<Memory>) -> bool {
+    /// Has the rings looked at again from the event loop.
+    fn look_again(&self) {
+        if self.again.1.notify().is_err() {
+            error!("cannot go on with what is left in the rings: waiting for the driver's next kick");
+        }
+    }
+
+    /// To be called after whatever may have changed the device outside of a batch: says what there is to say, and has
+    /// events delivered.
+    fn finish(&self, mut state: MutexGuard<'_, State>) {
+        state.log_notices();
+        if state.device.first_fault().is_some() {
+            self.look_again();
+        }
+    }
+
+    fn serve_requests(&self, state: &mut State, vring: &mut VringState<Memory>) -> Batch {
         if !vring.get_queue().ready() || !vring.is_enabled() {
-            return false;
+            return Batch::default();
         }
         let memory = self.memory.memory();
         state.start_if_stopped(vring, &memory);
         if state.requests.broken {
-            return false;
+            return Batch::default();
         }
         let result = process_requests(&mut state.device, vring.get_queue_mut(), &*memory, BUDGET);
         state.requests.last = Some(Position::of(vring.get_queue()));
-        match result {
-            Ok(batch) => {
-                if batch.notify {
-                    signal(vring);
-                }
-                batch.more
+        result.unwrap_or_else(|error| {
+            state.requests.broken = true;
+            if state.may_log() {
+                error!("the guest's driver broke the request queue, which waits until it is set up again: {error}");
             }
-            Err(error) => {
-                state.requests.broken = true;
-                log_broken("request", &error);
-                false
-            }
-        }
+            Batch::default()
+        })
     }
 
-    fn serve_events(&self, state: &mut State, vring: &mut VringState<Memory>) {
-        if !vring.get_queue().ready() || !vring.is_enabled() {
-            return;
+    fn serve_events(&self, state: &mut State, vring: &mut VringState<Memory>) -> Batch {
+        if state.device.first_fault().is_none() || !vring.get_queue().ready() || !vring.is_enabled() {
+            return Batch::default();
         }
         let memory = self.memory.memory();
-        match deliver_faults(&mut state.device, vring.get_queue_mut(), &*memory) {
-            Ok(true) => signal(vring),
-            Ok(false) => (),
-            Err(error) => {
-                if state.throttle.ask(Instant::now()) != Pass::No {
-                    log_broken("event", &error);
-                }
+        deliver_faults(&mut state.device, vring.get_queue_mut(), &*memory, BUDGET).unwrap_or_else(|error| {
+            if state.may_log() {
+                error!("the guest's driver broke the event queue, events wait: {error}");
             }
-        }
+            Batch::default()
+        })
     }
-}
-
-fn signal(vring: &VringState<Memory>) {
-    if let Err(error) = vring.signal_used_queue() {
-        debug!("the frontend cannot be notified: {error}");
-    }
-}
-
-fn log_broken(queue: &str, error: &QueueError) {
-    error!("the guest's driver broke the {queue} queue, which is not looked at until it is set up again: {error}");
 }
 
 impl State {
@@ -173,7 +189,6 @@ impl State {
         let Some(stopped) = self.requests.stopped.take() else {
             return;
         };
-        self.requests.broken = false;
         let queue = vring.get_queue();
         match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
             Start::Resume => info!("the guest goes on"),
@@ -196,11 +211,21 @@ impl State {
 
     fn log_notices(&mut self) {
         while let Some(notice) = self.device.next_notice() {
-            if let Pass::Yes { held_back } = self.throttle.ask(Instant::now()) {
+            if self.may_log() {
+                warn!("{notice}");
+            }
+        }
+    }
+
+    /// Whether another line may be logged that the guest can cause.
+    fn may_log(&mut self) -> bool {
+        match self.throttle.ask(Instant::now()) {
+            Pass::No => false,
+            Pass::Yes { held_back } => {
                 if held_back > 0 {
                     warn!("{held_back} messages were not logged");
                 }
-                warn!("{notice}");
+                true
             }
         }
     }
@@ -227,7 +252,7 @@ impl VhostUserBackend for IommuBackend {
         state.features = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let features = state.features;
         state.device.set_driver_features(features);
-        state.log_notices();
+        self.finish(state);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -244,7 +269,7 @@ impl VhostUserBackend for IommuBackend {
         state.features = 0;
         state.requests = RequestRing::default();
         state.device.reset();
-        state.log_notices();
+        self.finish(state);
     }
 
     // The rings are told by the library.
@@ -260,7 +285,7 @@ impl VhostUserBackend for IommuBackend {
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         let mut state = self.lock();
         state.device.write_config(offset as usize, bytes);
-        state.log_notices();
+        self.finish(state);
         Ok(())
     }
 
@@ -273,7 +298,10 @@ impl VhostUserBackend for IommuBackend {
             GuestRam::default()
         });
         state.device.set_memory(ram);
-        state.log_notices();
+        // A ring that was out of memory may be back.
+        state.requests.broken = false;
+        self.look_again();
+        self.finish(state);
         Ok(())
     }
 
@@ -289,13 +317,13 @@ impl VhostUserBackend for IommuBackend {
         // Waits for a batch that is under way.
         let mut state = self.lock();
         if queue_index == u32::from(spec::REQUEST_QUEUE) {
-            state.requests.stopped = state.requests.last;
-            if self.options.on_stop == OnStop::Reset {
-                state.requests.stopped = None;
-                state.reset();
-                state.log_notices();
+            state.requests.broken = false;
+            match self.options.on_stop {
+                OnStop::Keep => state.requests.stopped = state.requests.last,
+                OnStop::Reset => state.reset(),
             }
         }
+        self.finish(state);
         Ok(())
     }
 

@@ -4,24 +4,25 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use log::{error, info};
+use log::{error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
-use super::backend::{BackendOptions, CONTINUE_EVENT, IommuBackend};
+use super::backend::{BackendOptions, IommuBackend};
 use super::setup::{SetupError, build_device};
 use super::socket::{SocketError, bind};
+
+/// How long the connection's thread has to end after a signal.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// A daemon that could not start, or ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -66,20 +67,16 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         follow_parent().map_err(ServeError::Events)?;
     }
     let device = build_device(arguments)?;
-    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let options = BackendOptions { on_stop: arguments.on_stop };
-    let backend = Arc::new(IommuBackend::new(device, memory.clone(), options).map_err(ServeError::Events)?);
+    let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
 
     let mut signals = Signals::new().map_err(ServeError::Events)?;
     let listener = bind(&arguments.socket_path)?;
     info!("listening on {}", arguments.socket_path.display());
     let connected = signals.wait_for_frontend(&listener).map_err(ServeError::Events)?;
-    let result = if connected { serve_frontend(&backend, memory, listener, signals) } else { Ok(()) };
+    let result = if connected { serve_frontend(&backend, listener, signals) } else { Ok(()) };
     // Nobody else can connect. That the socket is gone already is no failure.
     let _ = fs::remove_file(&arguments.socket_path);
-
-    let statistics = backend.shut_down();
-    info!("every endpoint is blocked; {statistics}");
     result
 }
 
@@ -94,26 +91,24 @@ fn follow_parent() -> io::Result<()> {
     Ok(())
 }
 
-fn serve_frontend(
-    backend: &Arc<IommuBackend>,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    listener: UnixListener,
-    signals: Signals,
-) -> Result<(), ServeError> {
-    let name = "vhost-user".to_owned();
-    let mut daemon = VhostUserDaemon::new(name, Arc::clone(backend), memory).map_err(ServeError::Daemon)?;
-    for handler in daemon.get_epoll_handlers() {
-        handler
-            .register_listener(backend.again().as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
-            .map_err(ServeError::Events)?;
-    }
+fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: Signals) -> Result<(), ServeError> {
+    let mut daemon = backend.daemon("vhost-user").map_err(ServeError::Daemon)?;
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
+    let ended = Arc::new(AtomicBool::new(false));
     if let Some(handle) = daemon.shutdown_handle() {
-        let stop = move || signals.then(|| handle.shutdown());
+        let (backend, ended) = (Arc::clone(backend), Arc::clone(&ended));
+        let stop = move || signals.then(|| stop_now(&handle, &backend, &ended));
         std::thread::Builder::new().name("signals".to_owned()).spawn(stop).map_err(ServeError::Events)?;
     }
-    match daemon.wait() {
+    let result = daemon.wait();
+    ended.store(true, Ordering::Release);
+    // First of all: the library's own threads may be held up by files of the frontend's.
+    let statistics = backend.shut_down();
+    info!("every endpoint is blocked; {statistics}");
+    // Dropping it waits for those threads.
+    std::thread::spawn(move || drop(daemon));
+    match result {
         Ok(()) => info!("the connection is closed"),
         Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
             info!("the frontend is gone");
@@ -122,6 +117,17 @@ fn serve_frontend(
         Err(error) => return Err(ServeError::Daemon(error)),
     }
     Ok(())
+}
+
+/// Ends what a signal asked to end, even if the library's threads are held up by files of the frontend's.
+fn stop_now(connection: &ShutdownHandle, backend: &IommuBackend, ended: &AtomicBool) {
+    connection.shutdown();
+    backend.shut_down();
+    std::thread::sleep(GRACE);
+    if !ended.load(Ordering::Acquire) {
+        warn!("the frontend holds up the connection's thread: ending without it");
+        std::process::exit(0);
+    }
 }
 
 /// SIGTERM and SIGINT: the first asks for an orderly end, the second ends the process at once.

@@ -12,7 +12,7 @@ use log::info;
 
 use super::args::{Arguments, EndpointArgument, OnOff};
 use crate::device::{self, Settings, VirtioIommu};
-use crate::fd::{AdoptError, Adopted, FileKind, adopt};
+use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
 use crate::id::{EndpointId, PciAddress};
@@ -28,6 +28,9 @@ pub enum SetupError {
     /// A passed file cannot be used.
     #[error(transparent)]
     File(#[from] AdoptError),
+    /// A passed file is something else.
+    #[error(transparent)]
+    WrongFile(#[from] WrongFile),
     /// The host does not tell what it should.
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
@@ -93,7 +96,9 @@ impl SetupError {
     /// Whether the arguments are at fault, rather than the host.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::Facts(_) | Self::NoFacts { .. } | Self::Device(_) | Self::WrongDevice { .. } => true,
+            Self::Facts(_) | Self::WrongFile(_) | Self::NoFacts { .. } | Self::Device(_) | Self::WrongDevice { .. } => {
+                true
+            }
             Self::Plan(error) => matches!(error, PlanError::UnknownWidth { .. } | PlanError::NoEndpoint),
             Self::File(error) => !matches!(error, AdoptError::NotOpen { .. }),
             Self::Sysfs(_) | Self::Untraceable { .. } | Self::StaleFacts { .. } | Self::GroupIncomplete { .. } => false,
@@ -134,7 +139,7 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     let settings = settings(arguments, &plan);
     let endpoints = assigned.iter().map(|assigned| assigned.id).zip(plan.views).collect();
     let groups = match iommufd {
-        Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)), assigned),
+        Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)?), assigned),
         None => Vec::new(),
     };
     Ok(VirtioIommu::new(settings, endpoints, groups)?)
@@ -182,7 +187,7 @@ fn assign(
             known.clone()
         }
     };
-    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string()), group, facts })
+    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, group, facts })
 }
 
 /// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.

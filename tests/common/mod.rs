@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "not every test uses everything")]
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -139,10 +140,17 @@ impl Machine {
         (self.available, self.used) = (0, 0);
     }
 
-    /// Makes the available index a number of the driver's choosing.
+    /// Makes the available index a number of the driver's choosing, and lets the backend see it.
     pub fn break_ring(&mut self, index: u16) {
         self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
         self.kick.write(1).unwrap();
+        // A kick that was taken is counted no more. Then the ring is looked at.
+        let info = format!("/proc/self/fdinfo/{}", self.kick.as_raw_fd());
+        let is_taken = |text: String| text.lines().any(|line| line.split_whitespace().eq(["eventfd-count:", "0"]));
+        while !is_taken(std::fs::read_to_string(&info).unwrap()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 
     /// The whole configuration space.

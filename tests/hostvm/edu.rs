@@ -47,13 +47,13 @@ impl Vmm {
         let address = find(EDU);
         bind_to_vfio(address);
         let (iommufd_file, device_file) = (open("/dev/iommu"), open_vfio(address));
-        let iommufd = Arc::new(Iommufd::new(iommufd_file.try_clone().unwrap().into()));
-        let device = VfioDevice::new(device_file.try_clone().unwrap().into(), address.to_string());
+        let iommufd = Arc::new(Iommufd::new(iommufd_file.try_clone().unwrap().into()).unwrap());
+        let device = VfioDevice::new(device_file.try_clone().unwrap().into(), address.to_string()).unwrap();
         device.bind(&iommufd).unwrap();
         let memory = guest_memory(MEMORY_SIZE);
         let identity = iommufd.new_ioas().unwrap();
         for region in GuestRam::from_mmap(&memory).unwrap().regions() {
-            identity.map(region.identity(), &[region.whole()], Access::READ_WRITE).unwrap();
+            identity.map(region.addresses(), &[region.whole()], Access::READ_WRITE).unwrap();
         }
         device.attach(&identity).unwrap();
         Self { iommufd_file, device_file, iommufd, device, identity, memory }
@@ -217,7 +217,7 @@ fn a_device_that_is_bound_elsewhere_cannot_be_attached() {
     let vmm = Vmm::new();
     let other = open("/dev/iommu");
     // Address spaces go by numbers: one of this file's must not be taken for the VMM's own table of the same number.
-    let iommufd = Arc::new(Iommufd::new(other.try_clone().unwrap().into()));
+    let iommufd = Arc::new(Iommufd::new(other.try_clone().unwrap().into()).unwrap());
     let mut spaces: Vec<Ioas> = (0..8).map(|_| iommufd.new_ioas().unwrap()).collect();
     spaces.retain(|space| space.id() != vmm.identity.id());
     assert_eq!(spaces.len(), 7, "the daemon's first one will have the number that is free now");

@@ -58,7 +58,7 @@ impl Guest {
             inheritable(file, false);
         }
         let console = read_console(process.stdout.take().unwrap());
-        let iommufd = Arc::new(Iommufd::new(iommufd_file.into()));
+        let iommufd = Arc::new(Iommufd::new(iommufd_file.into()).unwrap());
         Self { iommufd, daemon, vmm: process, console, seen: Vec::new() }
     }
 
