@@ -47,17 +47,20 @@
 //!
 //! # Where things are
 //!
-//! | | |
-//! |---|---|
-//! | [`spec`], [`request`] | the wire: constants, bytes to requests, replies to bytes |
-//! | [`device`] | what each request does; `attach.rs` and `map.rs` hold the rules of those requests |
-//! | [`reserved`] | what a guest must not map, and why |
-//! | [`host`] | the host's page tables: iommufd, none at all, and a model for tests |
-//! | [`memory`] | guest memory as the host needs it |
-//! | [`queue`] | virtqueues |
-//! | [`vhost_user`] | the daemon |
-//! | [`topology`] | telling the guest which devices are behind the IOMMU |
-//! | [`launch`] | looking at a host, starting QEMU and the daemon together |
+//! | | | feature |
+//! |---|---|---|
+//! | [`spec`] | the wire: constants and layouts | |
+//! | [`request`] | bytes to requests, with the rules that need no state (reserved fields, flags); replies to bytes | |
+//! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | |
+//! | [`range`], [`id`], [`access`] | ranges of addresses, names of things, permissions | |
+//! | [`reserved`] | what a guest must not map, and why | |
+//! | [`host`] | the host's page tables: the seam, none at all, iommufd, and a model for tests | `iommufd`, `test-utils` |
+//! | [`memory`] | guest memory as the host needs it | |
+//! | [`fd`] | files passed in | `iommufd` |
+//! | [`queue`] | virtqueues | `queue` |
+//! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi` |
+//! | [`vhost_user`] | the daemon | `daemon` |
+//! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
 //! # Threats
 //!
@@ -65,8 +68,12 @@
 //! allocation or bounds a loop without a limit of ours, and what is wrong is refused without a change. A guest's mapping
 //! reaches guest memory only, with the permissions that it asked for, and nothing once its UNMAP has returned. When the
 //! host does not follow, DMA stops. The host's kernel, its IOMMU and whoever passes the files are trusted; whoever holds
-//! the same iommufd can undo what this device did in it. On x86 a guest has no interrupt remapping behind this device:
-//! an assigned device can send interrupts that its driver did not set up.
+//! the same iommufd can undo what this device did in it.
+//!
+//! What this does not cover: a process that is killed leaves its mappings in force as long as somebody else holds the
+//! iommufd. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
+//! a guest has no interrupt remapping behind this device: an assigned device can send interrupts that its driver did not
+//! set up.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
@@ -89,3 +96,8 @@ pub mod spec;
 pub mod topology;
 #[cfg(feature = "daemon")]
 pub mod vhost_user;
+
+/// The README's code is compiled with the documentation's.
+#[cfg(all(doctest, feature = "queue", feature = "iommufd"))]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

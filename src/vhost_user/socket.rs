@@ -30,7 +30,8 @@ pub enum SocketError {
     },
 }
 
-/// Listens on a path.
+/// Listens on a path, with access for the owner only. To be called while the process has one thread: for a moment the
+/// process's file mode mask is another.
 ///
 /// # Errors
 ///
