@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Files that were opened by somebody else and passed to this process by number.
-
-// Adopting a passed descriptor.
-#![allow(unsafe_code)]
+//! Files of the host's IOMMU that were opened by somebody else.
 
 use std::fmt;
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use rustix::fs::{FileType, fstat, major, minor};
-use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
+
+#[cfg(feature = "daemon")]
+pub use passed::AdoptError;
+#[cfg(feature = "daemon")]
+pub(crate) use passed::{Adopted, adopt};
 
 /// What a passed file should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,83 +51,12 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// A file that was adopted.
-#[derive(Debug)]
-pub(crate) struct Adopted {
-    /// The file.
-    pub file: OwnedFd,
-    /// The name of its device node below `/dev`, such as `vfio/devices/vfio0`.
-    pub node: String,
-    /// Where sysfs describes the device.
-    pub sysfs: PathBuf,
-}
-
-/// A number that is no usable file.
-#[derive(Debug, thiserror::Error)]
-pub enum AdoptError {
-    /// Standard input, output and error are not passed for this.
-    #[error("fd {0} is standard input, output or error: pass {1} by a number above 2")]
-    Standard(RawFd, FileKind),
-    /// Nothing is open there.
-    #[error("fd {number} is not open: open {kind} and let this process inherit it")]
-    NotOpen {
-        /// The number.
-        number: RawFd,
-        /// What was expected.
-        kind: FileKind,
-        /// What the kernel said.
-        source: std::io::Error,
-    },
-    /// It was adopted before, or opened by this process.
-    #[error("fd {0} is given twice, or was not inherited")]
-    NotInherited(RawFd),
-    /// It is something else.
-    #[error("fd {number}")]
-    WrongFile {
-        /// The number.
-        number: RawFd,
-        /// What it is.
-        source: WrongFile,
-    },
-}
-
 /// A file that is not what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{found} is not {kind}")]
 pub struct WrongFile {
     found: String,
     kind: FileKind,
-}
-
-/// One at a time: between looking at a descriptor's flag and setting it.
-static ADOPTING: Mutex<()> = Mutex::new(());
-
-/// Takes over a file that this process inherited, once, after making sure that it is what it should be. To be called
-/// while the process starts, before anything else could have received or opened files without the close-on-exec flag.
-///
-/// # Errors
-///
-/// [`AdoptError`]; the file is left alone.
-pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
-    if number <= 2 {
-        return Err(AdoptError::Standard(number, kind));
-    }
-    let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    // SAFETY: nothing but the number is used: if it is not open, or the kernel has it closed meanwhile, the calls below
-    // fail with EBADF.
-    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-    let not_open = |errno: Errno| AdoptError::NotOpen { number, kind, source: errno.into() };
-    // A file that came through exec has the flag cleared; every file that Rust code opens, and every one that was
-    // adopted, has it set. So nobody in this process owns what passes here.
-    if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
-        return Err(AdoptError::NotInherited(number));
-    }
-    let (node, sysfs) = kind.check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
-    fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
-    // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
-    // keeps it from being adopted again.
-    let file = unsafe { OwnedFd::from_raw_fd(number) };
-    Ok(Adopted { file, node, sysfs })
 }
 
 /// The name of a character device's node below `/dev` and its place in sysfs; for anything else, what it is.
@@ -158,42 +87,128 @@ fn describe(file_type: FileType) -> &'static str {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::os::fd::{AsRawFd, IntoRawFd};
+/// Files that were passed to this process by number.
+#[cfg(feature = "daemon")]
+mod passed {
+    // Adopting a passed descriptor.
+    #![allow(unsafe_code)]
 
-    use super::*;
+    use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+    use std::path::PathBuf;
+    use std::sync::Mutex;
 
-    /// A file as exec would leave it.
-    fn inherited(path: &str) -> RawFd {
-        let file = File::open(path).unwrap();
-        fcntl_setfd(&file, FdFlags::empty()).unwrap();
-        file.into_raw_fd()
+    use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
+
+    use super::{FileKind, WrongFile};
+
+    /// A file that was adopted.
+    #[derive(Debug)]
+    pub(crate) struct Adopted {
+        /// The file.
+        pub file: OwnedFd,
+        /// The name of its device node below `/dev`, such as `vfio/devices/vfio0`.
+        pub node: String,
+        /// Where sysfs describes the device.
+        pub sysfs: PathBuf,
     }
 
-    #[test]
-    fn what_is_not_the_right_file_is_named() {
-        let text = |number| {
-            let error = adopt(number, FileKind::Iommufd).unwrap_err();
-            format!("{error}: {}", std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default())
-        };
-        assert!(text(0).contains("standard input"));
-        assert!(text(1_000_000).contains("not open"));
-        assert!(text(inherited("/")).contains("a directory is not /dev/iommu"));
-        assert!(text(inherited("/dev/null")).contains("/dev/null is not /dev/iommu"));
+    /// A number that is no usable file.
+    #[derive(Debug, thiserror::Error)]
+    pub enum AdoptError {
+        /// Standard input, output and error are not passed for this.
+        #[error("fd {0} is standard input, output or error: pass {1} by a number above 2")]
+        Standard(RawFd, FileKind),
+        /// Nothing is open there.
+        #[error("fd {number} is not open: open {kind} and let this process inherit it")]
+        NotOpen {
+            /// The number.
+            number: RawFd,
+            /// What was expected.
+            kind: FileKind,
+            /// What the kernel said.
+            source: std::io::Error,
+        },
+        /// It was adopted before, or opened by this process.
+        #[error("fd {0} is given twice, or was not inherited")]
+        NotInherited(RawFd),
+        /// It is something else.
+        #[error("fd {number}")]
+        WrongFile {
+            /// The number.
+            number: RawFd,
+            /// What it is.
+            source: WrongFile,
+        },
     }
 
-    #[test]
-    fn a_file_of_this_process_is_not_adopted() {
-        let file = File::open("/dev/null").unwrap();
-        let error = adopt(file.as_raw_fd(), FileKind::VfioDevice).unwrap_err();
-        assert!(matches!(error, AdoptError::NotInherited(_)));
+    /// One at a time: between looking at a descriptor's flag and setting it.
+    static ADOPTING: Mutex<()> = Mutex::new(());
+
+    /// Takes over a file that this process inherited, once, after making sure that it is what it should be. To be called
+    /// while the process starts, before anything else could have received or opened files without the close-on-exec flag.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the file is left alone.
+    pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
+        if number <= 2 {
+            return Err(AdoptError::Standard(number, kind));
+        }
+        let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // SAFETY: nothing but the number is used: if it is not open, or the kernel has it closed meanwhile, the calls below
+        // fail with EBADF.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+        let not_open = |errno: Errno| AdoptError::NotOpen { number, kind, source: errno.into() };
+        // A file that came through exec has the flag cleared; every file that Rust code opens, and every one that was
+        // adopted, has it set. So nobody in this process owns what passes here.
+        if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
+            return Err(AdoptError::NotInherited(number));
+        }
+        let (node, sysfs) = kind.check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
+        fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
+        // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
+        // keeps it from being adopted again.
+        let file = unsafe { OwnedFd::from_raw_fd(number) };
+        Ok(Adopted { file, node, sysfs })
     }
 
-    #[test]
-    fn nodes_are_told_apart_by_name() {
-        assert!(FileKind::Iommufd.matches("iommu") && !FileKind::Iommufd.matches("iommu0"));
-        assert!(FileKind::VfioDevice.matches("vfio/devices/vfio3") && !FileKind::VfioDevice.matches("vfio/vfio"));
+    #[cfg(test)]
+    mod tests {
+        use std::fs::File;
+        use std::os::fd::{AsRawFd, IntoRawFd};
+
+        use super::*;
+
+        /// A file as exec would leave it.
+        fn inherited(path: &str) -> RawFd {
+            let file = File::open(path).unwrap();
+            fcntl_setfd(&file, FdFlags::empty()).unwrap();
+            file.into_raw_fd()
+        }
+
+        #[test]
+        fn what_is_not_the_right_file_is_named() {
+            let text = |number| {
+                let error = adopt(number, FileKind::Iommufd).unwrap_err();
+                format!("{error}: {}", std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default())
+            };
+            assert!(text(0).contains("standard input"));
+            assert!(text(1_000_000).contains("not open"));
+            assert!(text(inherited("/")).contains("a directory is not /dev/iommu"));
+            assert!(text(inherited("/dev/null")).contains("/dev/null is not /dev/iommu"));
+        }
+
+        #[test]
+        fn a_file_of_this_process_is_not_adopted() {
+            let file = File::open("/dev/null").unwrap();
+            let error = adopt(file.as_raw_fd(), FileKind::VfioDevice).unwrap_err();
+            assert!(matches!(error, AdoptError::NotInherited(_)));
+        }
+
+        #[test]
+        fn nodes_are_told_apart_by_name() {
+            assert!(FileKind::Iommufd.matches("iommu") && !FileKind::Iommufd.matches("iommu0"));
+            assert!(FileKind::VfioDevice.matches("vfio/devices/vfio3") && !FileKind::VfioDevice.matches("vfio/vfio"));
+        }
     }
 }
