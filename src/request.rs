@@ -342,6 +342,7 @@ mod tests {
         assert_eq!(parse(&map_bytes(0, 4095, u64::MAX - 4094, 1)), Err(Status::Range));
         assert!(parse(&map_bytes(0, 4095, u64::MAX - 4095, 1)).is_ok());
         assert!(parse(&map_bytes(0, u64::MAX, 0, 1)).is_ok());
+        assert!(parse(&map_bytes(0x1000, 0x1fff, u64::MAX - 4095, 1)).is_ok());
     }
 
     #[test]

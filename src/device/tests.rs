@@ -232,6 +232,7 @@ mod protocol {
             assert_eq!(reply.used, 0);
             assert!(reply.body.iter().all(|byte| *byte == 0xaa));
         }
+        assert_eq!(machine.device.statistics().unreadable, 4);
         assert_eq!(machine.device.endpoints[&LONE].domain, None);
     }
 
@@ -244,6 +245,13 @@ mod protocol {
         }
         bytes.extend([0xff; 100]);
         assert_eq!(machine.request(&bytes), OK);
+        // Of each kind, the last byte is missed: also where it is a reserved one.
+        let mut detach = vec![2, 0, 0, 0, 1, 0, 0, 0, LONE.0 as u8, 0, 0, 0];
+        detach.extend([0; 8]);
+        let iova = range("0-fff");
+        for whole in [detach, map_bytes(1, iova, 0, READ), unmap_bytes(1, iova), probe_bytes(LONE)] {
+            assert_eq!(machine.request(&whole[..whole.len() - 1]), INVAL, "{whole:?}");
+        }
     }
 
     #[test]
@@ -338,14 +346,23 @@ mod protocol {
         assert_eq!(new(&[], vec![group(&[LONE])]), SetupError::UnknownMember(LONE));
         assert_eq!(new(&[LONE], vec![group(&[LONE]), group(&[LONE])]), SetupError::GroupTwice(LONE));
         assert_eq!(new(&[LONE, LONE], vec![group(&[LONE])]), SetupError::EndpointTwice(LONE));
-        let narrow = Settings { probe_size: 23, ..settings() };
-        let result = VirtioIommu::new(narrow, vec![(LONE, msi_view())], vec![group(&[LONE])]);
-        assert!(matches!(result, Err(SetupError::ProbeSize { regions: 1, .. })));
+        let two = || {
+            let high = ReservedRegion { range: range("fd00000000-ffffffffff"), kind: ReservedKind::Reserved };
+            EndpointView::new(vec![msi_view().reported()[0], high]).unwrap()
+        };
+        let sized = |probe_size| {
+            let settings = Settings { probe_size, ..settings() };
+            VirtioIommu::new(settings, vec![(LONE, two())], vec![group(&[LONE])]).map(|_| ())
+        };
+        assert!(matches!(sized(47), Err(SetupError::ProbeSize { regions: 2, .. })));
+        assert_eq!(sized(48), Ok(()));
+        assert_eq!(sized(0xfffc), Ok(()));
+        assert_eq!(sized(0xfffd), Err(SetupError::ReplySize(0xfffd)));
+        let coarse = Settings { granule: 1 << 21, ..settings() };
+        assert!(VirtioIommu::new(coarse, vec![], vec![]).is_ok());
         #[expect(clippy::reversed_empty_ranges, reason = "that is what is refused")]
         let inverted = Settings { domain_range: 2..=1, ..settings() };
         assert!(matches!(VirtioIommu::new(inverted, vec![], vec![]), Err(SetupError::DomainRange(_))));
-        let huge = Settings { probe_size: 0x1_0000, ..settings() };
-        assert!(matches!(VirtioIommu::new(huge, vec![], vec![]), Err(SetupError::ReplySize(_))));
         for granule in [0, 3, 1 << 22] {
             let result = VirtioIommu::new(Settings { granule, ..settings() }, vec![], vec![]);
             assert!(matches!(result, Err(SetupError::Granule { .. })), "{granule}");
@@ -423,8 +440,10 @@ mod attaching {
         let mut machine = Machine::new(Flavour::Type1);
         machine.attach(1, LONE);
         machine.map(1, "5000-5fff", 0x1000, READ);
+        let calls = machine.host.calls();
         assert_eq!(machine.attach(1, LONE), OK);
         assert_eq!(machine.reads(LONE, 0x5000), Some(0x1000));
+        assert_eq!(machine.host.calls(), calls, "the host is not asked");
     }
 
     #[test]
@@ -520,6 +539,15 @@ mod attaching {
         assert!(notice.contains("0x8000000000-0xffffffffffff"), "{notice}");
         assert_eq!(host.table_count(), 0);
         assert_eq!(device.first_fault(), None, "the guest knows by the status");
+    }
+
+    #[test]
+    fn a_host_that_maps_in_larger_pages_than_promised_is_blocked_and_unsupp() {
+        let mut machine = Machine::with(Flavour::Iommufd, Settings { granule: 0x800, ..settings() });
+        assert_eq!(machine.send(&attach_bytes(1, LONE, 0), 4).status, UNSUPP);
+        assert!(machine.is_blocked(LONE));
+        let notice = machine.device.next_notice().unwrap().to_string();
+        assert!(notice.contains("pages of 0x1000 bytes"), "{notice}");
     }
 
     #[test]
@@ -878,6 +906,17 @@ mod bypass {
             assert_eq!(machine.map(1, "0-fff", 0, READ), NOENT);
             assert_eq!(machine.detach(1, LONE), INVAL);
         }
+    }
+
+    #[test]
+    fn reset_drops_the_events_that_wait() {
+        let mut machine = Machine::new(Flavour::Iommufd);
+        machine.attach(1, LONE);
+        machine.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+        machine.map(1, "0-fff", 0, READ);
+        assert!(machine.device.first_fault().is_some());
+        machine.device.reset();
+        assert_eq!(machine.device.first_fault(), None);
     }
 
     #[test]
