@@ -52,7 +52,7 @@
 //! | [`spec`] | the wire: constants and layouts | |
 //! | [`request`] | bytes to requests, with the rules that need no state (reserved fields, flags); replies to bytes | |
 //! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | |
-//! | [`range`], [`id`], [`access`] | ranges of addresses, names of things, permissions | |
+//! | [`range`], [`id`], [`access`], [`causes`] | ranges of addresses, names of things, permissions, errors as text | |
 //! | [`reserved`] | what a guest must not map, and why | |
 //! | [`host`] | the host's page tables: the seam, none at all, iommufd, and a model for tests | `iommufd`, `test-utils` |
 //! | [`memory`] | guest memory as the host needs it | |
@@ -78,6 +78,7 @@
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 pub mod access;
+pub mod causes;
 pub mod device;
 #[cfg(feature = "iommufd")]
 pub mod fd;

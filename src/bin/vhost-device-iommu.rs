@@ -2,11 +2,11 @@
 
 //! The vhost-user daemon: arguments in, exit code out.
 
-use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
 use log::{LevelFilter, error};
+use virtio_iommu::causes::with_causes;
 use virtio_iommu::vhost_user::{Arguments, serve};
 
 fn main() -> ExitCode {
@@ -19,13 +19,7 @@ fn main() -> ExitCode {
     match serve(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let mut text = failure.to_string();
-            let mut cause = failure.source();
-            while let Some(next) = cause {
-                text = format!("{text}: {next}");
-                cause = next.source();
-            }
-            error!("{text}");
+            error!("{}", with_causes(&failure));
             ExitCode::from(failure.exit_code())
         }
     }

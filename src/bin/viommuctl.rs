@@ -9,8 +9,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
+use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
-use virtio_iommu::launch::check::{Question, check, with_causes};
+use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::{Inspection, inspect};
 use virtio_iommu::launch::{Launch, Size, qemu};
 use virtio_iommu::range::RangeSet;

@@ -9,9 +9,9 @@
 use std::sync::Arc;
 
 use super::domain::{Domain, DomainKind};
-use super::notice::describe;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
+use crate::causes::with_causes;
 use crate::host::{AfterFailure, HostError, HostErrorKind, HostGroup, IoPageTable};
 use crate::id::{DomainId, EndpointId};
 use crate::range::RangeSet;
@@ -185,7 +185,7 @@ impl VirtioIommu {
         let constraints = match table.constraints() {
             Ok(constraints) => constraints,
             Err(error) => {
-                let error = describe(&error);
+                let error = with_causes(&error);
                 return Some(Notice::AttachFailed { endpoint, domain: None, error, blocked: true });
             }
         };
@@ -206,7 +206,7 @@ impl VirtioIommu {
         let group = self.group(group);
         if let Some(endpoint) = group.members().first().copied() {
             let blocked = matches!(group.table, GroupTable::Blocked);
-            self.notices.push(Notice::AttachFailed { endpoint, domain, error: describe(error), blocked });
+            self.notices.push(Notice::AttachFailed { endpoint, domain, error: with_causes(error), blocked });
         }
         attach_status(error.kind)
     }

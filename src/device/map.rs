@@ -10,9 +10,9 @@ use vm_memory::GuestAddress;
 
 use super::domain::{Domain, Mapping, WouldSplit};
 use super::group::Agreement;
-use super::notice::describe;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
+use crate::causes::with_causes;
 use crate::host::{HostError, HostErrorKind, IoPageTable, MapError, UnmapError};
 use crate::id::DomainId;
 use crate::memory::HostSegment;
@@ -174,7 +174,7 @@ impl VirtioIommu {
 
     /// Tells guest and operator of a MAP that the host refused.
     fn map_failed(&mut self, domain: DomainId, iova: IovaRange, access: Access, failure: &MapFailure) -> Status {
-        let error = describe(&failure.error);
+        let error = with_causes(&failure.error);
         self.notices.push(Notice::MapFailed { domain, iova, error });
         let endpoint = self.domains.get(&domain).and_then(|domain| domain.endpoints.first().copied());
         if let Some(endpoint) = endpoint {
@@ -191,7 +191,7 @@ impl VirtioIommu {
     /// rebuilds. Whether that worked; if not, the groups stay blocked and the domain is poisoned.
     pub(super) fn bring_back_in_step(&mut self, domain: DomainId, error: &HostError) -> bool {
         let rebuilt = self.rebuild(domain);
-        self.notices.push(Notice::OutOfStep { domain, error: describe(error), rebuilt });
+        self.notices.push(Notice::OutOfStep { domain, error: with_causes(error), rebuilt });
         let endpoints = self.domains.get(&domain).map(|domain| &domain.endpoints);
         for endpoint in endpoints.into_iter().flatten() {
             let (reason, access) = (FaultReason::Unknown, Access::NONE);

@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use crate::host::HostError;
 use crate::id::{DomainId, EndpointId};
 use crate::range::{IovaRange, RangeSet};
 
@@ -114,16 +113,4 @@ impl NoticeQueue {
     pub const fn dropped(&self) -> u64 {
         self.dropped
     }
-}
-
-/// A host error with its causes, on one line.
-pub(super) fn describe(error: &HostError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }

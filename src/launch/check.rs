@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::inspect::inspect;
 use super::size::Size;
+use crate::causes::with_causes;
 use crate::id::PciAddress;
 use crate::reserved::sysfs::{IommuGroup, Sysfs};
 use crate::reserved::{HostRegion, HostRegionKind};
@@ -318,17 +319,6 @@ fn check_usable(sysfs: &Sysfs, device: PciAddress) -> Finding {
             (None, None) => Finding::no("cannot be attached", "see the kernel's log (dmesg)"),
         },
     }
-}
-
-/// An error with its causes, on one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
 
 #[cfg(test)]

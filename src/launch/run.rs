@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::check::with_causes;
 use super::inspect::inspect;
 use super::qemu::{self, Parts, QemuError, quote};
+use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::{FactsError, FactsFile};
 use crate::reserved::sysfs::{Sysfs, SysfsError};
