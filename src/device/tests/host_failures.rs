@@ -40,6 +40,17 @@ fn a_map_that_the_host_refuses_is_taken_back_everywhere_and_reported() {
 }
 
 #[test]
+fn notices_are_kept_up_to_a_limit_and_counted_beyond() {
+    let mut machine = two_tables();
+    for _ in 0..34 {
+        machine.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+        machine.map(1, "5000-5fff", 0x1000, WRITE);
+    }
+    assert_eq!(machine.device.statistics().notices_dropped, 2);
+    assert_eq!(std::iter::from_fn(|| machine.device.next_notice()).count(), 32);
+}
+
+#[test]
 fn a_map_that_cannot_be_taken_back_is_rebuilt_away() {
     let mut machine = two_tables();
     machine.host.fail_after(1, Failure::Error(HostErrorKind::NoMemory));

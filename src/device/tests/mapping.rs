@@ -120,7 +120,11 @@ fn the_seven_examples_of_unmap() {
             for map in maps {
                 assert_eq!(machine.map(1, map, 0, READ), OK);
             }
+            let calls = machine.host.calls();
             assert_eq!(machine.unmap(1, iova), status, "{maps:?} {iova}");
+            let expected = u64::from(status == OK && !maps.is_empty());
+            assert_eq!(machine.host.calls(), calls + expected, "one call removes them all");
+            assert!(machine.device.next_notice().is_none());
             let left = maps.iter().filter(|map| status != OK || !range(iova).covers(range(map))).count();
             assert_eq!(machine.host.mappings(LONE).len(), left);
             machine.check_invariants();

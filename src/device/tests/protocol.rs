@@ -121,6 +121,11 @@ fn requests_are_counted_by_kind() {
     machine.send(&[9, 0, 0, 0], 4);
     let text = machine.device.statistics().to_string();
     assert_eq!(text, "1 PROBE, 1 ATTACH, 0 DETACH, 2 MAP, 1 UNMAP; 1 failed, 1 unreadable");
+    machine.attach(1, EndpointId(9));
+    machine.detach(2, LONE);
+    machine.unmap(9, "0-fff");
+    machine.send(&probe_bytes(EndpointId(9)), 68);
+    assert_eq!(machine.device.statistics().failed(), 5);
 }
 
 #[test]
