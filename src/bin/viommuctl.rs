@@ -4,7 +4,7 @@
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -16,7 +16,9 @@ use virtio_iommu::launch::inspect::{Inspection, inspect};
 use virtio_iommu::launch::{Launch, Size, qemu};
 use virtio_iommu::range::RangeSet;
 use virtio_iommu::reserved::facts::FactsFile;
+use virtio_iommu::reserved::plan::{EndpointPlan, PlanError, plan};
 use virtio_iommu::reserved::sysfs::Sysfs;
+use virtio_iommu::reserved::{ReservedKind, report};
 use virtio_iommu::topology::viot::{self, PciFunctions};
 
 /// Looks at a host's IOMMU groups and prepares what a guest with a virtio-iommu needs.
@@ -72,6 +74,17 @@ enum Command {
         #[arg(last = true, required = true, value_name = "QEMU ARGUMENTS")]
         qemu: Vec<String>,
     },
+    /// Computes from facts what a guest would be told of each endpoint, without looking at any host.
+    ///
+    /// Exits with 0 if there is a plan, with 2 for facts that cannot be read, with 3 if an endpoint has no address to use.
+    Plan {
+        /// The facts, and what the operator chose; `-` is the standard input.
+        #[arg(long, value_name = "FILE")]
+        facts: PathBuf,
+        /// Print JSON instead of tables.
+        #[arg(long)]
+        json: bool,
+    },
     /// Shows what the host says of devices: their groups, reserved regions, usable addresses.
     ///
     /// A device that is bound to vfio-pci and idle is attached to an empty address space for a moment.
@@ -110,6 +123,7 @@ fn main() -> ExitCode {
             let launch = make_launch(&devices, guest, iommu, daemon, directory, qemu);
             launch.and_then(|launch| run_launch(&launch, print))
         }
+        Command::Plan { facts, json } => run_plan(&facts, json),
         Command::Inspect { devices, facts_out, json } => run_inspect(&devices, facts_out, json),
         Command::Viot { iommu, endpoints, output } => run_viot(iommu, &endpoints, &output),
     };
@@ -178,6 +192,53 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     Err(Failure(error.exit_code(), error.into()))
 }
 
+fn run_plan(facts: &Path, json: bool) -> Result<(), Failure> {
+    let file = FactsFile::read(facts).map_err(|error| Failure(2, error.into()))?;
+    let plan = plan(&file.policy, &file.devices).map_err(|error| {
+        let code = if matches!(error, PlanError::NothingUsable { .. }) { 3 } else { 2 };
+        Failure(code, error.into())
+    })?;
+    if json {
+        print!("{}", report::to_json(&plan));
+        return Ok(());
+    }
+    println!("input range {}", plan.input_range);
+    for planned in &plan.endpoints {
+        println!("{}", planned.id);
+        print_plan(planned);
+    }
+    Ok(())
+}
+
+fn print_plan(planned: &EndpointPlan) {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["range", "the guest is told", "why"]);
+    for region in planned.view.reported() {
+        let told = match region.kind {
+            ReservedKind::Reserved => "reserved",
+            ReservedKind::Msi => "msi",
+        };
+        table.add_row([region.range.to_string(), told.to_owned(), String::new()]);
+    }
+    for withheld in &planned.withheld {
+        table.add_row([
+            withheld.range.to_string(),
+            "nothing".to_owned(),
+            report::reason_name(withheld.reason).to_owned(),
+        ]);
+    }
+    println!("{table}");
+    for advisory in &planned.advisories {
+        println!("  {}: {}", advisory.range, advisory.kind);
+    }
+    if let Some(direct) = planned.direct {
+        println!("  VFIO refuses the device: {direct} must stay mapped to itself (`direct`)");
+    }
+    if !planned.bypass_refused.is_empty() {
+        println!("  bypass is refused: guest memory at {}", planned.bypass_refused);
+    }
+}
+
 fn run_inspect(devices: &[PciAddress], facts_out: Option<PathBuf>, json: bool) -> Result<(), Failure> {
     let sysfs = Sysfs::new("/sys");
     let mut file = FactsFile::default();
@@ -218,7 +279,7 @@ fn print_inspection(device: PciAddress, inspection: &Inspection) {
     }
 }
 
-fn run_viot(iommu: PciAddress, endpoints: &[PciFunctions], output: &PathBuf) -> Result<(), Failure> {
+fn run_viot(iommu: PciAddress, endpoints: &[PciFunctions], output: &Path) -> Result<(), Failure> {
     let bytes = viot::table(iommu, endpoints).map_err(|error| Failure(2, error.into()))?;
     fs::write(output, bytes).map_err(|error| Failure(1, format!("cannot write {}: {error}", output.display()).into()))
 }

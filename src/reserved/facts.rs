@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Facts as JSON: what `viommuctl inspect` writes and the daemon reads.
+//! Facts as JSON: what `viommuctl inspect` writes, and what `viommuctl plan` and the daemon read.
 
 use std::error::Error;
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::{HostFacts, HostRegion};
+use super::plan::{Inbound, PeerToPeer, Policy, Relaxable};
+use super::{Driver, HostFacts, HostRegion};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet, parse_address};
 
 /// A file of facts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FactsFile {
+    /// What the operator chose; files of facts alone have the defaults.
+    pub policy: Policy,
     /// What is known of each device.
     pub devices: Vec<(EndpointId, HostFacts)>,
 }
@@ -51,13 +53,19 @@ pub enum FactsError {
 }
 
 impl FactsFile {
-    /// Reads a file.
+    /// Reads a file; `-` is the standard input.
     ///
     /// # Errors
     ///
     /// [`FactsError`]
     pub fn read(path: &Path) -> Result<Self, FactsError> {
-        let text = read_limited(path).map_err(|source| FactsError::Access { path: path.to_owned(), source })?;
+        let failed = |source| FactsError::Access { path: path.to_owned(), source };
+        let file = if path == Path::new("-") {
+            Box::new(io::stdin()) as Box<dyn Read>
+        } else {
+            Box::new(fs::File::open(path).map_err(failed)?)
+        };
+        let text = read_limited(file).map_err(failed)?;
         let file = Self::from_json(&text).map_err(|source| FactsError::Format { path: path.to_owned(), source })?;
         for (index, (id, _)) in file.devices.iter().enumerate() {
             if file.devices.iter().take(index).any(|(other, _)| other == id) {
@@ -83,7 +91,8 @@ impl FactsFile {
 
     fn from_json(text: &str) -> Result<Self, serde_json::Error> {
         let document: Document = serde_json::from_str(text)?;
-        Ok(Self { devices: document.endpoints.into_iter().map(|device| (device.id.0, device.facts.into())).collect() })
+        let devices = document.endpoints.into_iter().map(|device| (device.id.0, device.facts.into()));
+        Ok(Self { policy: document.policy.map(Policy::from).unwrap_or_default(), devices: devices.collect() })
     }
 
     /// The file's text.
@@ -98,10 +107,10 @@ impl FactsFile {
 }
 
 /// Reads a file that is not larger than any file of facts.
-fn read_limited(path: &Path) -> io::Result<String> {
+fn read_limited(file: impl Read) -> io::Result<String> {
     const LIMIT: u64 = 256 << 10;
     let mut text = String::new();
-    let length = fs::File::open(path)?.take(LIMIT + 1).read_to_string(&mut text)?;
+    let length = file.take(LIMIT + 1).read_to_string(&mut text)?;
     if length as u64 > LIMIT {
         return Err(io::Error::other(format!("it is larger than {LIMIT} bytes")));
     }
@@ -111,11 +120,66 @@ fn read_limited(path: &Path) -> io::Result<String> {
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
-    /// Chosen elsewhere; a plan's input may carry it.
     #[serde(default, skip_serializing)]
-    #[expect(dead_code, reason = "accepted and not looked at")]
-    policy: Option<IgnoredAny>,
+    policy: Option<Choices>,
     endpoints: Vec<Device>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[derive(Default)]
+struct Choices {
+    relaxable: Option<RelaxableName>,
+    inbound: Option<InboundName>,
+    p2p: Option<PeerToPeerName>,
+    max_address_width: Option<u8>,
+    guest_msi: Option<Pair>,
+    input_range: Option<Pair>,
+    guest_ram: Option<Vec<Pair>>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RelaxableName {
+    Ignore,
+    Report,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum InboundName {
+    Report,
+    Withhold,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum PeerToPeerName {
+    Warn,
+    CarveBars,
+}
+
+impl From<Choices> for Policy {
+    fn from(choices: Choices) -> Self {
+        Self {
+            relaxable: match choices.relaxable {
+                Some(RelaxableName::Report) => Relaxable::Report,
+                Some(RelaxableName::Ignore) | None => Relaxable::Ignore,
+            },
+            inbound: match choices.inbound {
+                Some(InboundName::Withhold) => Inbound::Withhold,
+                Some(InboundName::Report) | None => Inbound::Report,
+            },
+            peer_to_peer: match choices.p2p {
+                Some(PeerToPeerName::CarveBars) => PeerToPeer::CarveBars,
+                Some(PeerToPeerName::Warn) | None => PeerToPeer::Warn,
+            },
+            max_address_width: choices.max_address_width,
+            guest_msi: choices.guest_msi.map(|range| range.0),
+            input_range: choices.input_range.map(|range| range.0),
+            guest_ram: choices.guest_ram.into_iter().flatten().map(|range| range.0).collect(),
+        }
+    }
 }
 
 #[derive(Deserialize, Serialize)]
@@ -130,45 +194,54 @@ struct Device {
 #[derive(Default)]
 struct Facts {
     kernel: Option<String>,
-    driver: Option<String>,
+    driver: Option<Text<Driver>>,
     reserved_regions: Option<Vec<Text<HostRegion>>>,
     usable: Option<Vec<Pair>>,
     aperture: Option<Pair>,
-    // Evidence about host bridges. It changes nothing of what is reported: windows never are.
-    #[serde(skip_serializing)]
-    windows: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    bars: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    inbound: Option<IgnoredAny>,
-    #[serde(skip_serializing)]
-    acs_isolated: Option<IgnoredAny>,
+    windows: Option<Vec<Pair>>,
+    bars: Option<Vec<Pair>>,
+    inbound: Option<Vec<Pair>>,
+    acs_isolated: Option<bool>,
+}
+
+fn set(ranges: Option<Vec<Pair>>) -> Option<RangeSet> {
+    ranges.map(|ranges| ranges.into_iter().map(|range| range.0).collect())
+}
+
+fn pairs(set: Option<&RangeSet>) -> Option<Vec<Pair>> {
+    set.map(|set| set.ranges().iter().copied().map(Pair).collect())
 }
 
 impl From<Facts> for HostFacts {
     fn from(facts: Facts) -> Self {
         Self {
             kernel: facts.kernel,
-            driver: facts.driver,
+            driver: facts.driver.map(|driver| driver.0).unwrap_or_default(),
             reserved_regions: facts
                 .reserved_regions
                 .map(|regions| regions.into_iter().map(|region| region.0).collect()),
-            usable: facts.usable.map(|ranges| ranges.into_iter().map(|range| range.0).collect()),
+            usable: set(facts.usable),
             aperture: facts.aperture.map(|range| range.0),
+            windows: set(facts.windows),
+            bars: facts.bars.map(|bars| bars.into_iter().map(|range| range.0).collect()),
+            inbound: set(facts.inbound),
+            acs_isolated: facts.acs_isolated,
         }
     }
 }
 
 impl From<&HostFacts> for Facts {
     fn from(facts: &HostFacts) -> Self {
-        let ranges = |set: &RangeSet| set.ranges().iter().copied().map(Pair).collect();
         Self {
             kernel: facts.kernel.clone(),
-            driver: facts.driver.clone(),
+            driver: Some(Text(facts.driver)),
             reserved_regions: facts.reserved_regions.as_ref().map(|list| list.iter().cloned().map(Text).collect()),
-            usable: facts.usable.as_ref().map(ranges),
+            usable: pairs(facts.usable.as_ref()),
             aperture: facts.aperture.map(Pair),
-            ..Self::default()
+            windows: pairs(facts.windows.as_ref()),
+            bars: facts.bars.as_ref().map(|bars| bars.iter().copied().map(Pair).collect()),
+            inbound: pairs(facts.inbound.as_ref()),
+            acs_isolated: facts.acs_isolated,
         }
     }
 }
@@ -243,18 +316,8 @@ mod tests {
         let facts = file.get(EndpointId(0x18)).unwrap();
         assert_eq!(facts.usable.as_ref().unwrap().to_string(), "0x0-0xfedfffff, 0xfef00000-0xffffffffffff");
         assert_eq!(facts.reserved_regions.as_ref().unwrap().len(), 1);
+        assert_eq!(file.policy, Policy::default());
         assert_eq!(FactsFile::from_json(&file.to_json()).unwrap(), file);
-    }
-
-    #[test]
-    fn host_bridge_windows_in_the_facts_are_not_reported() {
-        use crate::reserved::policy::{Policy, X86_MSI, plan};
-
-        let file = FactsFile::from_json(PLAN_INPUT).unwrap();
-        let policy = Policy { input_range: None, guest_msi: Some(X86_MSI) };
-        let plan = plan(&policy, &file.devices).unwrap();
-        let ranges: Vec<_> = plan.views[0].reported().iter().map(|region| region.range).collect();
-        assert_eq!(ranges, [X86_MSI]);
     }
 
     #[test]
@@ -264,6 +327,8 @@ mod tests {
             ("\"usable\"", "\"useable\"", "unknown field `useable`"),
             ("feefffff msi", "feefffff", "is not `START END TYPE`"),
             ("0000:00:03.0", "03", "`03` is not a PCI address"),
+            ("intel-vtd", "intel", "`intel` is not the name of an IOMMU driver"),
+            ("\"ignore\"", "\"sometimes\"", "unknown variant `sometimes`"),
             ("[\"0x0\", \"0xfedfffff\"]", "[\"0x2\", \"0x1\"]", "ends before it starts"),
         ] {
             let error = FactsFile::from_json(&PLAN_INPUT.replace(from, to)).unwrap_err().to_string();

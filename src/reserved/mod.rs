@@ -2,9 +2,9 @@
 
 //! What a guest must not map, and why.
 //!
-//! [`HostFacts`] is what the host shows of one IOMMU group; [`policy::plan`] turns the facts of all endpoints into
-//! what the guest is told. Host bridge windows are no property of a group: they are never reported and refuse
-//! nothing.
+//! [`HostFacts`] is what the host shows of one IOMMU group; [`plan::plan`] turns the facts of all endpoints into
+//! what the guest is told, region by region, by the rules in `policy.rs`. Host bridge windows are no property of a group:
+//! they are never reported and refuse nothing, unless the host enforces them.
 
 #![forbid(unsafe_code)]
 
@@ -15,9 +15,14 @@ use crate::range::{IovaRange, ParseRangeError, RangeSet, parse_address};
 
 #[cfg(feature = "daemon")]
 pub mod facts;
-pub mod policy;
+pub mod plan;
+mod policy;
+#[cfg(feature = "daemon")]
+pub mod report;
 #[cfg(feature = "iommufd")]
 pub mod sysfs;
+
+pub use policy::WithheldReason;
 
 /// What a reserved region is to the guest (5.13.6.8.1, `VIRTIO_IOMMU_RESV_MEM_T_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -176,13 +181,72 @@ impl fmt::Display for HostRegion {
     }
 }
 
-/// What the host shows of one group.
+/// The driver of the IOMMU in front of a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Driver {
+    /// Intel VT-d.
+    IntelVtd,
+    /// AMD-Vi.
+    AmdVi,
+    /// Arm SMMU, versions 1 and 2.
+    ArmSmmu,
+    /// Arm SMMU, version 3.
+    ArmSmmuV3,
+    /// Apple DART.
+    AppleDart,
+    /// RISC-V IOMMU.
+    Riscv,
+    /// s390.
+    S390,
+    /// A virtio-iommu: the host is a guest itself.
+    Virtio,
+    /// Another one, or not known.
+    #[default]
+    Unknown,
+}
+
+impl Driver {
+    const NAMES: [(Self, &'static str); 9] = [
+        (Self::IntelVtd, "intel-vtd"),
+        (Self::AmdVi, "amd-vi"),
+        (Self::ArmSmmu, "arm-smmu"),
+        (Self::ArmSmmuV3, "arm-smmu-v3"),
+        (Self::AppleDart, "apple-dart"),
+        (Self::Riscv, "riscv"),
+        (Self::S390, "s390"),
+        (Self::Virtio, "virtio"),
+        (Self::Unknown, "unknown"),
+    ];
+}
+
+impl fmt::Display for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::NAMES.iter().find(|(driver, _)| driver == self);
+        f.write_str(name.map_or("unknown", |(_, name)| name))
+    }
+}
+
+/// A name of no driver.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not the name of an IOMMU driver such as intel-vtd, arm-smmu-v3 or unknown")]
+pub struct ParseDriverError(String);
+
+impl FromStr for Driver {
+    type Err = ParseDriverError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = Self::NAMES.iter().find(|(_, name)| *name == text);
+        known.map(|(driver, _)| *driver).ok_or_else(|| ParseDriverError(text.to_owned()))
+    }
+}
+
+/// What the host shows of one group. All addresses are as devices see them on their bus.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
     /// The kernel's release, such as `6.12.48`; `None` if not known.
     pub kernel: Option<String>,
-    /// The IOMMU's driver, by the names of the facts format (`intel-vtd`, ..., `unknown`).
-    pub driver: Option<String>,
+    /// The IOMMU's driver.
+    pub driver: Driver,
     /// The group's reserved regions; `None` if the host does not tell.
     pub reserved_regions: Option<Vec<HostRegion>>,
     /// The addresses that a page table for this group alone can map, as VFIO or iommufd tell once a device is
@@ -190,6 +254,22 @@ pub struct HostFacts {
     pub usable: Option<RangeSet>,
     /// The addresses that the IOMMU can translate at all; `None` if not known.
     pub aperture: Option<IovaRange>,
+    /// The memory windows of the host bridge that the group is behind, merged where they touch; `None` if not known.
+    pub windows: Option<RangeSet>,
+    /// BARs of devices behind the same host bridge; `None` if not known.
+    pub bars: Option<Vec<IovaRange>>,
+    /// The addresses at which devices behind the bridge can reach memory; `None` if not known.
+    pub inbound: Option<RangeSet>,
+    /// Whether the bridges in front of the group keep its devices from reaching each other; `None` if not known.
+    pub acs_isolated: Option<bool>,
+}
+
+impl HostFacts {
+    /// Major and minor number of the kernel's release.
+    pub fn kernel_version(&self) -> Option<(u32, u32)> {
+        let mut numbers = self.kernel.as_ref()?.split(|character: char| !character.is_ascii_digit());
+        Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +291,24 @@ mod tests {
         ] {
             assert_eq!(line.parse::<HostRegion>().unwrap().to_string(), line);
         }
+    }
+
+    #[test]
+    fn drivers_have_names() {
+        for (driver, name) in Driver::NAMES {
+            assert_eq!((driver.to_string().as_str(), name.parse()), (name, Ok(driver)));
+        }
+        assert!("intel".parse::<Driver>().unwrap_err().to_string().contains("`intel`"));
+    }
+
+    #[test]
+    fn kernels_are_compared_by_number() {
+        let version =
+            |kernel: &str| HostFacts { kernel: Some(kernel.to_owned()), ..HostFacts::default() }.kernel_version();
+        assert_eq!(version("6.12.48-amd64"), Some((6, 12)));
+        assert_eq!(version("7.3+"), Some((7, 3)));
+        assert!(version("6.9.0") < Some((6, 15)));
+        assert_eq!(version("next"), None);
     }
 
     #[test]

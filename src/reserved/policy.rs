@@ -1,262 +1,212 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! From what the host shows to what the guest is told.
+//! What a reserved region of the host really is: the rules, each a function named after it.
+//!
+//! Most of what a host reserves for a group is true: DMA there cannot reach memory. But from Linux 4.12 to 4.17 some hosts
+//! showed the windows of their PCI host bridges as reserved regions too (`arm-smmu` and `arm-smmu-v3`, since commit
+//! 273df9635385, until cd2c9fcf5c66). Those are no property of a group, and a guest that is told of them loses memory. The
+//! rules look for evidence, and without it a region is taken for true.
 
-use super::{EndpointView, HostFacts, HostRegion, HostRegionKind, ReservedKind, ReservedRegion, ViewError};
-use crate::id::EndpointId;
+use super::{Driver, HostFacts, HostRegion, HostRegionKind};
 use crate::range::{IovaRange, RangeSet};
 
-/// Where x86 decodes message-signalled interrupts, in hardware: the doorbell that x86 guests expect.
-pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
-    Some(range) => range,
-    None => IovaRange::ALL,
-};
-
-/// What the operator chose.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow.
-    pub input_range: Option<IovaRange>,
-    /// The MSI doorbell of the guest's machine; `None` if it has none at a fixed address.
-    pub guest_msi: Option<IovaRange>,
-}
-
-/// What the guest is told of the device and of each endpoint.
+/// What a reserved region is taken for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// The addresses that can be mapped at all.
-    pub input_range: IovaRange,
-    /// One view for each endpoint, in the order of the facts.
-    pub views: Vec<EndpointView>,
-}
-
-/// Facts from which nothing can be planned.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// The group must keep an identity mapping.
-    #[error(
-        "endpoint {endpoint}: the host must keep {range} mapped to itself for this device (a `direct` region), so \
-         VFIO refuses it: ask the platform's vendor, or assign another device"
-    )]
-    Direct {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// The region.
-        range: IovaRange,
-    },
-    /// No address is left.
-    #[error("endpoint {endpoint}: no address in {input_range} can be mapped")]
-    NothingUsable {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// The addresses looked at.
-        input_range: IovaRange,
-    },
-    /// Neither the facts nor the operator say how far addresses go.
-    #[error(
-        "endpoint {endpoint}: how far its addresses go is not known: give its facts (viommuctl inspect --facts-out) \
-         or an input range"
-    )]
-    UnknownWidth {
-        /// The endpoint.
-        endpoint: EndpointId,
-    },
-    /// There is no endpoint to take an input range from.
-    #[error("without an endpoint, an input range must be given")]
-    NoEndpoint,
-    /// The regions cannot be reported together.
-    #[error("endpoint {endpoint}")]
-    View {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// What is wrong.
-        source: ViewError,
+pub(super) enum Verdict {
+    /// DMA there cannot reach memory: the guest is told.
+    True,
+    /// Mapped to itself only while firmware uses it: VFIO lets it be mapped.
+    Relaxable,
+    /// Of a kind that this version does not know: taken for true.
+    UnknownType,
+    /// A host bridge window that this kernel enforces all the same: true, to the guest.
+    WindowEnforced,
+    /// Wholly or in part a host bridge window, which the guest is not told; what is left is true.
+    Window {
+        /// What is withheld.
+        withheld: RangeSet,
+        /// Why it is taken for a window.
+        reason: WithheldReason,
     },
 }
 
-/// Plans what the guest is told, from the facts of each endpoint's group.
-///
-/// # Errors
-///
-/// [`PlanError`] if an endpoint cannot be offered.
-pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Plan, PlanError> {
-    let mut usable = Vec::with_capacity(endpoints.len());
-    for (endpoint, facts) in endpoints {
-        check_attachable(*endpoint, facts)?;
-        usable.push(usable_addresses(facts));
+/// Why a range is not reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WithheldReason {
+    /// It is a known host bridge window that the host does not even show.
+    WindowNotInSysfs,
+    /// The host shows it, and it is a known host bridge window.
+    WindowByMatch,
+    /// The host shows it, and its kernel is of the time when nothing but windows was shown so.
+    WindowByEra,
+    /// The host shows it, windows are not known, and a device's BAR behind the same bridge lies in it.
+    WindowByBars,
+    /// Devices cannot reach memory there, and the operator chose not to tell.
+    InboundByPolicy,
+}
+
+/// Finds out what a region is.
+pub(super) fn classify(region: &HostRegion, facts: &HostFacts) -> Verdict {
+    match region.kind {
+        HostRegionKind::Msi | HostRegionKind::Direct => return Verdict::True,
+        HostRegionKind::DirectRelaxable => return Verdict::Relaxable,
+        HostRegionKind::Other(_) => return Verdict::UnknownType,
+        HostRegionKind::Reserved => (),
     }
-    let input_range = match policy.input_range {
-        Some(range) => range,
-        None => common_input_range(endpoints, &usable)?,
+    let range = region.range;
+    if r1_never_exported(facts) {
+        return Verdict::True;
+    }
+    let windows = facts.windows.clone().unwrap_or_default();
+    let whole = |reason| Verdict::Window { withheld: RangeSet::from(range), reason };
+    let window = if r2_era(facts) {
+        whole(WithheldReason::WindowByEra)
+    } else if r3_match(range, &windows) {
+        whole(WithheldReason::WindowByMatch)
+    } else if let Some(withheld) = r4_merged_neighbour(range, &windows).filter(|_| !r0_enforced(range, facts)) {
+        return Verdict::Window { withheld, reason: WithheldReason::WindowByMatch };
+    } else if r5_bars(range, &windows, facts) {
+        whole(WithheldReason::WindowByBars)
+    } else {
+        return r6_true();
     };
-    let view = |((endpoint, _), usable): (&(EndpointId, HostFacts), &RangeSet)| {
-        view_of(*endpoint, usable, input_range, policy.guest_msi)
-    };
-    let views = endpoints.iter().zip(&usable).map(view).collect::<Result<_, _>>()?;
-    Ok(Plan { input_range, views })
+    if r0_enforced(range, facts) { Verdict::WindowEnforced } else { window }
 }
 
-fn check_attachable(endpoint: EndpointId, facts: &HostFacts) -> Result<(), PlanError> {
-    let mut regions = facts.reserved_regions.iter().flatten();
-    match regions.find(|region| region.kind == HostRegionKind::Direct) {
-        Some(direct) => Err(PlanError::Direct { endpoint, range: direct.range }),
-        None => Ok(()),
-    }
+/// R0, of all others' evidence the strongest: the host does not let the region be mapped. A kernel that someone patched may
+/// show windows and enforce them too; then a MAP there fails, whatever the region is, and the guest must know.
+fn r0_enforced(range: IovaRange, facts: &HostFacts) -> bool {
+    facts.usable.as_ref().is_some_and(|usable| usable.overlapping(range).is_none())
 }
 
-/// The addresses that the host can map for this group.
-fn usable_addresses(facts: &HostFacts) -> RangeSet {
-    let regions = facts.reserved_regions.iter().flatten();
-    let reserved: RangeSet = regions.filter(|region| is_reserved(region)).map(|region| region.range).collect();
-    let mut usable = RangeSet::from(facts.aperture.unwrap_or(IovaRange::ALL)).subtract(&reserved);
-    if let Some(known) = &facts.usable {
-        usable = usable.intersect(known);
-    }
-    usable
+/// R1: the driver never showed windows, in any kernel.
+fn r1_never_exported(facts: &HostFacts) -> bool {
+    matches!(facts.driver, Driver::IntelVtd | Driver::AmdVi | Driver::S390 | Driver::Virtio)
 }
 
-/// Whether the host refuses mappings in a region of its group. VFIO and iommufd let relaxable regions be mapped.
-fn is_reserved(region: &HostRegion) -> bool {
-    region.kind != HostRegionKind::DirectRelaxable
+/// R2: the kernel is older than any other source of `reserved` regions on this driver (device tree's `iommu-addresses`,
+/// a5bf3cfce8cb, came with 6.3; 6.0 is taken to be on the safe side), so it can only be a window.
+fn r2_era(facts: &HostFacts) -> bool {
+    let is_arm = matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3);
+    is_arm && facts.kernel_version().is_some_and(|version| version < (6, 0))
 }
 
-/// From the lowest to the highest address that any endpoint can use.
-fn common_input_range(endpoints: &[(EndpointId, HostFacts)], usable: &[RangeSet]) -> Result<IovaRange, PlanError> {
-    for (endpoint, facts) in endpoints {
-        if facts.usable.is_none() && facts.aperture.is_none() {
-            return Err(PlanError::UnknownWidth { endpoint: *endpoint });
-        }
-    }
-    let start = usable.iter().filter_map(RangeSet::first).map(IovaRange::start).min();
-    let last = usable.iter().filter_map(RangeSet::last).map(IovaRange::last).max();
-    match (start.zip(last).and_then(|(start, last)| IovaRange::new(start, last)), endpoints.first()) {
-        (Some(range), _) => Ok(range),
-        (None, Some((endpoint, _))) => {
-            Err(PlanError::NothingUsable { endpoint: *endpoint, input_range: IovaRange::ALL })
-        }
-        (None, None) => Err(PlanError::NoEndpoint),
-    }
+/// R3: the region is one of the known windows, or several that touch (the kernel merges regions that do).
+fn r3_match(range: IovaRange, windows: &RangeSet) -> bool {
+    windows.ranges().contains(&range)
 }
 
-/// All of the input range that is not usable, with the guest's doorbell cut out and shown as what it is.
-fn view_of(
-    endpoint: EndpointId,
-    usable: &RangeSet,
-    input_range: IovaRange,
-    guest_msi: Option<IovaRange>,
-) -> Result<EndpointView, PlanError> {
-    let offered = RangeSet::from(input_range);
-    if usable.intersect(&offered).is_empty() {
-        return Err(PlanError::NothingUsable { endpoint, input_range });
-    }
-    let msi = guest_msi.filter(|msi| input_range.covers(*msi));
-    let mut reserved = offered.subtract(usable);
-    if let Some(msi) = msi {
-        reserved = reserved.subtract(&RangeSet::from(msi));
-    }
-    let reserved = reserved.ranges().iter().map(|range| ReservedRegion { range: *range, kind: ReservedKind::Reserved });
-    let msi = msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi });
-    EndpointView::new(reserved.chain(msi).collect()).map_err(|source| PlanError::View { endpoint, source })
+/// R4: windows lie wholly in the region: the kernel merged them with a true neighbour. A window that only overlaps proves
+/// nothing.
+fn r4_merged_neighbour(range: IovaRange, windows: &RangeSet) -> Option<RangeSet> {
+    let inside: RangeSet = windows.ranges().iter().copied().filter(|window| range.covers(*window)).collect();
+    (!inside.is_empty()).then_some(inside)
+}
+
+/// R5: windows are not known, and a BAR behind the same bridge lies in the region: only a window has BARs in it.
+fn r5_bars(range: IovaRange, windows: &RangeSet, facts: &HostFacts) -> bool {
+    windows.is_empty() && facts.bars.iter().flatten().any(|bar| range.covers(*bar))
+}
+
+/// R6: when in doubt, it is true.
+const fn r6_true() -> Verdict {
+    Verdict::True
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const ENDPOINT: EndpointId = EndpointId(0x18);
+    const WINDOW: &str = "0xe0000000 0xf7feffff reserved";
 
-    fn facts(lines: &[&str], usable: &[&str]) -> HostFacts {
+    fn facts(driver: Driver, kernel: Option<&str>, windows: &[&str], usable: &[&str]) -> HostFacts {
+        let set = |texts: &[&str]| texts.iter().map(|text| text.parse::<IovaRange>().unwrap()).collect::<RangeSet>();
         HostFacts {
-            reserved_regions: Some(lines.iter().map(|line| line.parse().unwrap()).collect()),
-            usable: (!usable.is_empty())
-                .then(|| usable.iter().map(|range| range.parse::<IovaRange>().unwrap()).collect()),
+            kernel: kernel.map(ToOwned::to_owned),
+            driver,
+            windows: (!windows.is_empty()).then(|| set(windows)),
+            usable: (!usable.is_empty()).then(|| set(usable)),
             ..HostFacts::default()
         }
     }
 
-    fn x86() -> Policy {
-        Policy { input_range: None, guest_msi: Some(X86_MSI) }
+    fn verdict(line: &str, facts: &HostFacts) -> Verdict {
+        classify(&line.parse().unwrap(), facts)
     }
 
-    fn reported(view: &EndpointView) -> Vec<String> {
-        view.reported().iter().map(|region| format!("{} {:?}", region.range, region.kind)).collect()
+    fn withheld(verdict: &Verdict) -> (String, WithheldReason) {
+        match verdict {
+            Verdict::Window { withheld, reason } => (withheld.to_string(), *reason),
+            other => panic!("{other:?}"),
+        }
     }
 
-    const MSI_LINE: &str = "0x00000000fee00000 0x00000000feefffff msi";
-    const MSI_REPORTED: &str = "0xfee00000-0xfeefffff Msi";
+    const SMMU: Driver = Driver::ArmSmmuV3;
 
     #[test]
-    fn intel_48_bit_reports_one_msi_region() {
-        let facts = facts(&[MSI_LINE], &["0-fedfffff", "fef00000-ffffffffffff"]);
-        let plan = plan(&x86(), &[(ENDPOINT, facts)]).unwrap();
-        assert_eq!(plan.input_range.to_string(), "0x0-0xffffffffffff");
-        assert_eq!(reported(&plan.views[0]), [MSI_REPORTED]);
-    }
-
-    #[test]
-    fn amd_reports_the_hypertransport_hole() {
-        let lines = [MSI_LINE, "0x000000fd00000000 0x000000ffffffffff reserved"];
-        let usable = ["0-fedfffff", "fef00000-fcffffffff", "10000000000-ffffffffffff"];
-        let plan = plan(&x86(), &[(ENDPOINT, facts(&lines, &usable))]).unwrap();
-        assert_eq!(reported(&plan.views[0]), [MSI_REPORTED, "0xfd00000000-0xffffffffff Reserved"]);
+    fn r0_what_the_host_enforces_is_told_whatever_it_is() {
+        let outside = &["0-dfffffff", "f7ff0000-ffffffffffff"];
+        for (kernel, windows) in [(Some("4.14"), &[][..]), (None, &["e0000000-f7feffff"][..])] {
+            assert_eq!(verdict(WINDOW, &facts(SMMU, kernel, windows, outside)), Verdict::WindowEnforced);
+            assert_ne!(verdict(WINDOW, &facts(SMMU, kernel, windows, &["0-ffffffffffff"])), Verdict::WindowEnforced);
+        }
+        assert_eq!(verdict(WINDOW, &facts(SMMU, None, &["e0000000-efffffff"], outside)), Verdict::True);
     }
 
     #[test]
-    fn a_narrower_endpoint_gets_a_reserved_tail() {
-        let narrow = facts(&[MSI_LINE], &["0-fedfffff", "fef00000-7fffffffff"]);
-        let wide = facts(&[MSI_LINE], &["0-fedfffff", "fef00000-ffffffffffff"]);
-        let plan = plan(&x86(), &[(EndpointId(1), narrow), (EndpointId(2), wide)]).unwrap();
-        assert_eq!(plan.input_range.to_string(), "0x0-0xffffffffffff");
-        assert_eq!(reported(&plan.views[0]), [MSI_REPORTED, "0x8000000000-0xffffffffffff Reserved"]);
-        assert_eq!(reported(&plan.views[1]), [MSI_REPORTED]);
+    fn r1_x86_s390_and_virtio_never_showed_windows() {
+        for driver in [Driver::IntelVtd, Driver::AmdVi, Driver::S390, Driver::Virtio] {
+            let facts = facts(driver, Some("4.14"), &["e0000000-f7feffff"], &[]);
+            assert_eq!(verdict(WINDOW, &facts), Verdict::True, "{driver:?}");
+        }
     }
 
     #[test]
-    fn the_guest_doorbell_is_cut_out_of_a_host_region() {
-        let facts = facts(&["0x08000000 0x080fffff msi"], &["0-7ffffff", "8100000-ffffffffffff"]);
-        let policy = Policy { input_range: None, guest_msi: Some("8090000-809ffff".parse().unwrap()) };
-        let plan = plan(&policy, &[(ENDPOINT, facts)]).unwrap();
-        let expected = ["0x8000000-0x808ffff Reserved", "0x8090000-0x809ffff Msi", "0x80a0000-0x80fffff Reserved"];
-        assert_eq!(reported(&plan.views[0]), expected);
+    fn r2_an_old_kernel_on_arm_had_nothing_else_to_show() {
+        let by_era = ("0xe0000000-0xf7feffff".to_owned(), WithheldReason::WindowByEra);
+        assert_eq!(withheld(&verdict(WINDOW, &facts(SMMU, Some("4.14.0-115.el7a.0.1.aarch64"), &[], &[]))), by_era);
+        assert_eq!(withheld(&verdict(WINDOW, &facts(Driver::ArmSmmu, Some("5.19"), &[], &[]))), by_era);
+        for (driver, kernel) in [(SMMU, Some("6.0")), (SMMU, None), (Driver::Unknown, Some("4.14"))] {
+            assert_eq!(verdict(WINDOW, &facts(driver, kernel, &[], &[])), Verdict::True);
+        }
     }
 
     #[test]
-    fn relaxable_is_ignored_and_direct_refused() {
-        let relaxable = "0x8b800000 0x8f9fffff direct-relaxable";
-        let plan_of = |lines: &[&str]| plan(&x86(), &[(ENDPOINT, facts(lines, &["0-ffffffffffff"]))]);
-        assert_eq!(reported(&plan_of(&[MSI_LINE, relaxable]).unwrap().views[0]), [MSI_REPORTED]);
-        let direct = "0xbdffd000 0xbdffffff direct";
-        let range = "bdffd000-bdffffff".parse().unwrap();
-        assert_eq!(plan_of(&[MSI_LINE, direct]), Err(PlanError::Direct { endpoint: ENDPOINT, range }));
+    fn r3_a_region_that_is_a_window_is_one() {
+        let by_match = ("0xe0000000-0xf7feffff".to_owned(), WithheldReason::WindowByMatch);
+        for windows in [&["e0000000-f7feffff"][..], &["e0000000-efffffff", "f0000000-f7feffff"]] {
+            assert_eq!(withheld(&verdict(WINDOW, &facts(SMMU, None, windows, &[]))), by_match);
+        }
+        // Neither a part of one, nor one that only overlaps.
+        for windows in [&["e0000000-ffffffff"][..], &["f0000000-ffffffff"], &["1000-1fff"]] {
+            assert_eq!(verdict(WINDOW, &facts(SMMU, None, windows, &[])), Verdict::True, "{windows:?}");
+        }
     }
 
     #[test]
-    fn an_unknown_kind_is_taken_for_reserved() {
-        let facts = facts(&["0x1000 0x1fff translated-foo"], &["0-ffffffff"]);
-        let plan = plan(&Policy::default(), &[(ENDPOINT, facts)]).unwrap();
-        assert_eq!(reported(&plan.views[0]), ["0x1000-0x1fff Reserved"]);
+    fn r4_windows_merged_with_a_true_neighbour_are_taken_out() {
+        let windows = &["e1000000-e1ffffff", "e4000000-e4ffffff", "f7000000-ffffffff"];
+        let (taken, reason) = withheld(&verdict(WINDOW, &facts(SMMU, None, windows, &[])));
+        assert_eq!(
+            (taken.as_str(), reason),
+            ("0xe1000000-0xe1ffffff, 0xe4000000-0xe4ffffff", WithheldReason::WindowByMatch)
+        );
     }
 
     #[test]
-    fn without_usable_ranges_the_operator_must_say_how_far() {
-        let endpoints = [(ENDPOINT, facts(&[MSI_LINE], &[]))];
-        assert_eq!(plan(&x86(), &endpoints), Err(PlanError::UnknownWidth { endpoint: ENDPOINT }));
-        let policy = Policy { input_range: Some("0-7fffffffff".parse().unwrap()), ..x86() };
-        assert_eq!(reported(&plan(&policy, &endpoints).unwrap().views[0]), [MSI_REPORTED]);
+    fn r5_a_bar_in_the_region_shows_a_window_if_windows_are_not_known() {
+        let bars = |windows: &[&str], bar: &str| {
+            let mut facts = facts(SMMU, None, windows, &[]);
+            facts.bars = Some(vec![bar.parse().unwrap()]);
+            verdict(WINDOW, &facts)
+        };
+        assert_eq!(withheld(&bars(&[], "e0000000-e001ffff")).1, WithheldReason::WindowByBars);
+        assert_eq!(bars(&[], "dffff000-e001ffff"), Verdict::True, "it reaches out");
+        assert_eq!(bars(&["1000-1fff"], "e0000000-e001ffff"), Verdict::True, "windows are known, and it is none");
     }
 
     #[test]
-    fn nothing_usable_is_an_error_and_never_one_big_region() {
-        let endpoints = [(ENDPOINT, facts(&["0x0 0xffff reserved"], &["0-ffff"]))];
-        assert!(matches!(plan(&x86(), &endpoints), Err(PlanError::NothingUsable { .. })));
-        let policy = Policy { input_range: Some("0-ffff".parse().unwrap()), ..x86() };
-        assert!(matches!(plan(&policy, &endpoints), Err(PlanError::NothingUsable { .. })));
-    }
-
-    #[test]
-    fn a_doorbell_outside_the_input_range_is_not_reported() {
-        let policy = Policy { input_range: Some("0-ffffff".parse().unwrap()), ..x86() };
-        let plan = plan(&policy, &[(ENDPOINT, facts(&[MSI_LINE], &[]))]).unwrap();
-        assert!(plan.views[0].reported().is_empty());
+    fn r6_without_evidence_it_is_true() {
+        assert_eq!(verdict(WINDOW, &HostFacts::default()), Verdict::True);
     }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{HostFacts, HostRegion, ParseRegionError};
+use super::{Driver, HostFacts, HostRegion, ParseRegionError};
 use crate::id::PciAddress;
 
 /// A sysfs tree.
@@ -130,13 +130,18 @@ impl Sysfs {
         Ok(names(&directory)?.into_iter().find(|name| name.starts_with("vfio")))
     }
 
-    /// Which driver the IOMMU in front of a device has, by the names of the facts format.
-    fn iommu_driver(&self, address: PciAddress) -> Result<&'static str, SysfsError> {
+    /// Which driver the IOMMU in front of a device has.
+    fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
         // A link to /sys/class/iommu/NAME, where the name is the driver's choice.
         let name = link_name(&self.device(address)?.join("iommu")).unwrap_or_default();
-        let known = [("dmar", "intel-vtd"), ("ivhd", "amd-vi"), ("smmu3", "arm-smmu-v3"), ("smmu", "arm-smmu")];
+        let known = [
+            ("dmar", Driver::IntelVtd),
+            ("ivhd", Driver::AmdVi),
+            ("smmu3", Driver::ArmSmmuV3),
+            ("smmu", Driver::ArmSmmu),
+        ];
         let driver = known.iter().find(|(prefix, _)| name.starts_with(prefix));
-        Ok(driver.map_or("unknown", |(_, driver)| driver))
+        Ok(driver.map_or(Driver::Unknown, |(_, driver)| *driver))
     }
 
     /// What the host shows of a device's group. Usable addresses and aperture are not in sysfs.
@@ -146,7 +151,7 @@ impl Sysfs {
     /// [`SysfsError`]
     pub fn facts(&self, address: PciAddress) -> Result<HostFacts, SysfsError> {
         Ok(HostFacts {
-            driver: Some(self.iommu_driver(address)?.to_owned()),
+            driver: self.iommu_driver(address)?,
             reserved_regions: self.group(address)?.reserved_regions,
             ..HostFacts::default()
         })
@@ -229,7 +234,7 @@ mod tests {
         assert_eq!(group.reserved_regions.unwrap()[0].to_string(), "0x00000000fee00000 0x00000000feefffff msi");
         assert_eq!(sysfs.driver(first).unwrap().as_deref(), Some("vfio-pci"));
         assert_eq!(sysfs.vfio_node(first).unwrap().as_deref(), Some("vfio7"));
-        assert_eq!(sysfs.facts(first).unwrap().driver.as_deref(), Some("intel-vtd"));
+        assert_eq!(sysfs.facts(first).unwrap().driver, Driver::IntelVtd);
     }
 
     #[test]

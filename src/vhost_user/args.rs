@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 
 use crate::id::{EndpointId, PciAddress};
 use crate::range::IovaRange;
-use crate::reserved::policy::X86_MSI;
+use crate::reserved::plan::X86_MSI;
 
 /// A virtio-iommu device as a vhost-user backend.
 ///

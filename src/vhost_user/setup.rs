@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use log::info;
+use log::{info, warn};
 
 use super::args::{Arguments, EndpointArgument, OnOff};
 use crate::device::{self, Settings, VirtioIommu};
@@ -16,10 +16,13 @@ use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
 use crate::id::{EndpointId, PciAddress};
+use crate::range::IovaRange;
+use crate::reserved::HostFacts;
 use crate::reserved::facts::{FactsError, FactsFile};
-use crate::reserved::policy::{self, PlanError, Policy};
+use crate::reserved::plan::EndpointPlan;
+use crate::reserved::plan::{Plan, PlanError, Policy, plan};
+use crate::reserved::report::reason_name;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
-use crate::reserved::{EndpointView, HostFacts};
 use crate::spec;
 
 /// A device that cannot be set up.
@@ -84,6 +87,26 @@ pub enum SetupError {
         /// The device.
         missing: PciAddress,
     },
+    /// The host must keep an identity mapping for the device.
+    #[error(
+        "endpoint {endpoint}: the host must keep {range} mapped to itself for this device (a `direct` region), so VFIO \
+         refuses it: ask the platform's vendor, or assign another device"
+    )]
+    Direct {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The region.
+        range: IovaRange,
+    },
+    /// Neither the facts nor the operator say how far addresses go.
+    #[error(
+        "endpoint {endpoint}: how far its addresses go is not known: give its facts (viommuctl inspect --facts-out), or \
+         --input-range"
+    )]
+    UnknownWidth {
+        /// The endpoint.
+        endpoint: EndpointId,
+    },
     /// What the guest is to be told cannot be worked out.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -96,12 +119,19 @@ impl SetupError {
     /// Whether the arguments are at fault, rather than the host.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::Facts(_) | Self::WrongFile(_) | Self::NoFacts { .. } | Self::Device(_) | Self::WrongDevice { .. } => {
-                true
-            }
-            Self::Plan(error) => matches!(error, PlanError::UnknownWidth { .. } | PlanError::NoEndpoint),
+            Self::UnknownWidth { .. }
+            | Self::Facts(_)
+            | Self::WrongFile(_)
+            | Self::NoFacts { .. }
+            | Self::Device(_)
+            | Self::WrongDevice { .. } => true,
+            Self::Plan(error) => matches!(error, PlanError::NoEndpoint),
             Self::File(error) => !matches!(error, AdoptError::NotOpen { .. }),
-            Self::Sysfs(_) | Self::Untraceable { .. } | Self::StaleFacts { .. } | Self::GroupIncomplete { .. } => false,
+            Self::Direct { .. }
+            | Self::Sysfs(_)
+            | Self::Untraceable { .. }
+            | Self::StaleFacts { .. }
+            | Self::GroupIncomplete { .. } => false,
         }
     }
 }
@@ -130,14 +160,16 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     }
     check_groups(&sysfs, &assigned)?;
 
-    let policy = Policy { input_range: arguments.input_range, guest_msi: arguments.guest_msi() };
+    let policy = Policy { guest_msi: arguments.guest_msi(), input_range: arguments.input_range, ..Policy::default() };
     let known: Vec<_> = assigned.iter().map(|assigned| (assigned.id, assigned.facts.clone())).collect();
-    let plan = policy::plan(&policy, &known)?;
-    for (assigned, view) in assigned.iter().zip(&plan.views) {
-        log_view(assigned, view);
+    check_width(&policy, &known)?;
+    let plan = plan(&policy, &known)?;
+    for (assigned, planned) in assigned.iter().zip(&plan.endpoints) {
+        check_attachable(planned)?;
+        log_plan(assigned, planned);
     }
     let settings = settings(arguments, &plan);
-    let endpoints = assigned.iter().map(|assigned| assigned.id).zip(plan.views).collect();
+    let endpoints = plan.endpoints.into_iter().map(|planned| (planned.id, planned.view)).collect();
     let groups = match iommufd {
         Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)?), assigned),
         None => Vec::new(),
@@ -145,10 +177,10 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     Ok(VirtioIommu::new(settings, endpoints, groups)?)
 }
 
-fn settings(arguments: &Arguments, plan: &policy::Plan) -> Settings {
+fn settings(arguments: &Arguments, plan: &Plan) -> Settings {
     let granule = rustix::param::page_size() as u64;
     let defaults = Settings::new(plan.input_range, granule);
-    let regions = plan.views.iter().map(|view| view.reported().len()).max().unwrap_or(0);
+    let regions = plan.endpoints.iter().map(|planned| planned.view.reported().len()).max().unwrap_or(0);
     let needed = u32::try_from(regions * spec::RESV_MEM_SIZE).unwrap_or(u32::MAX);
     Settings {
         probe_size: defaults.probe_size.max(needed),
@@ -213,9 +245,32 @@ fn form_groups(iommufd: &Arc<Iommufd>, assigned: Vec<Assigned>) -> Vec<Arc<dyn H
     groups.into_values().map(group).collect()
 }
 
-fn log_view(assigned: &Assigned, view: &EndpointView) {
-    info!("endpoint {} is host device {} in IOMMU group {}", assigned.id, assigned.host, assigned.group.number);
-    for region in view.reported() {
-        info!("endpoint {}: {} is reported as {:?}", assigned.id, region.range, region.kind);
+/// How far addresses go must be known: a guest that is offered too much is refused when it attaches.
+fn check_width(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<(), SetupError> {
+    let unknown = endpoints.iter().find(|(_, facts)| facts.usable.is_none() && facts.aperture.is_none());
+    match unknown {
+        Some((endpoint, _)) if policy.input_range.is_none() => Err(SetupError::UnknownWidth { endpoint: *endpoint }),
+        _ => Ok(()),
+    }
+}
+
+fn check_attachable(planned: &EndpointPlan) -> Result<(), SetupError> {
+    match planned.direct {
+        Some(range) => Err(SetupError::Direct { endpoint: planned.id, range }),
+        None => Ok(()),
+    }
+}
+
+fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
+    let id = assigned.id;
+    info!("endpoint {id} is host device {} in IOMMU group {}", assigned.host, assigned.group.number);
+    for region in planned.view.reported() {
+        info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
+    }
+    for withheld in &planned.withheld {
+        info!("endpoint {id}: {} is not reported ({})", withheld.range, reason_name(withheld.reason));
+    }
+    for advisory in &planned.advisories {
+        warn!("endpoint {id}: {}: {}", advisory.range, advisory.kind);
     }
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use virtio_iommu::id::EndpointId;
 use virtio_iommu::range::IovaRange;
+use virtio_iommu::reserved::Driver;
 use virtio_iommu::reserved::facts::FactsFile;
 
 use crate::pci::{EDU, bind_to_vfio, find};
@@ -32,7 +33,7 @@ fn an_idle_device_shows_what_the_kernel_can_map() {
     let usable = facts.usable.as_ref().unwrap();
     assert_eq!(usable.to_string(), "0x0-0xfedfffff, 0xfef00000-0xffffffffffff");
     assert!(!usable.covers(IovaRange::new(0xfee0_0000, 0xfee0_0fff).unwrap()));
-    assert_eq!(facts.driver.as_deref(), Some("intel-vtd"));
+    assert_eq!(facts.driver, Driver::IntelVtd);
     // It let go of the device: it can do it again.
     facts_of(edu, "/tmp/facts.json");
 }

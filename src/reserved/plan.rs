@@ -1,0 +1,488 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From what the host shows to what the guest is told.
+
+use std::fmt;
+
+use super::policy::{Verdict, WithheldReason, classify};
+use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind, ReservedKind, ReservedRegion, ViewError};
+use crate::id::EndpointId;
+use crate::range::{IovaRange, RangeSet};
+
+/// Where x86 decodes message-signalled interrupts, in hardware: the doorbell that x86 guests expect.
+pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
+    Some(range) => range,
+    None => IovaRange::ALL,
+};
+
+/// Where Linux puts the doorbell if the IOMMU's hardware has none (`MSI_IOVA_BASE`).
+const SOFTWARE_MSI: (u64, u64) = (0x0800_0000, 0x080f_ffff);
+
+/// What the operator chose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// Whether the guest is told of regions that VFIO lets be mapped.
+    pub relaxable: Relaxable,
+    /// Whether the guest is told where devices cannot reach memory, when that is known.
+    pub inbound: Inbound,
+    /// What is done about BARs that a device without isolation would reach instead of memory.
+    pub peer_to_peer: PeerToPeer,
+    /// How many bits of address the guest is offered at most.
+    pub max_address_width: Option<u8>,
+    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow.
+    pub input_range: Option<IovaRange>,
+    /// The MSI doorbell of the guest's machine; `None` if it has none at a fixed address.
+    pub guest_msi: Option<IovaRange>,
+    /// The guest's memory, as far as it is known.
+    pub guest_ram: Vec<IovaRange>,
+}
+
+/// Regions that must be mapped to themselves only while firmware uses them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Relaxable {
+    /// They are the guest's to map.
+    #[default]
+    Ignore,
+    /// The guest is told.
+    Report,
+}
+
+/// Addresses at which devices cannot reach memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Inbound {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The guest is not told.
+    Withhold,
+}
+
+/// BARs of devices that the host does not isolate from each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PeerToPeer {
+    /// The operator is told.
+    #[default]
+    Warn,
+    /// The guest is told to keep off.
+    CarveBars,
+}
+
+/// What the guest is told of the device and of each endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The addresses that can be mapped at all.
+    pub input_range: IovaRange,
+    /// One for each endpoint, in the order of the facts.
+    pub endpoints: Vec<EndpointPlan>,
+}
+
+/// What the guest is told of an endpoint, what it is not, and what the operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPlan {
+    /// The endpoint.
+    pub id: EndpointId,
+    /// What PROBE reports and MAP refuses.
+    pub view: EndpointView,
+    /// What is not reported though something speaks for it; ascending, disjoint.
+    pub withheld: Vec<Withheld>,
+    /// What the operator should know; ascending.
+    pub advisories: Vec<Advisory>,
+    /// The (lowest) region for which VFIO refuses the device, if there is one.
+    pub direct: Option<IovaRange>,
+    /// Guest memory that lies in reported regions, the doorbell apart: with any, the endpoint cannot be in bypass.
+    pub bypass_refused: RangeSet,
+}
+
+/// A range that is not reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Withheld {
+    /// The addresses.
+    pub range: IovaRange,
+    /// Why.
+    pub reason: WithheldReason,
+}
+
+/// Something that the operator should know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Advisory {
+    /// The addresses.
+    pub range: IovaRange,
+    /// What of them.
+    pub kind: AdvisoryKind,
+}
+
+/// Kinds of advisories.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AdvisoryKind {
+    /// The firmware uses the region at times.
+    Relaxable,
+    /// The kind of the region is not known.
+    UnknownType,
+    /// The host enforces a host bridge window.
+    WindowEnforced,
+    /// Devices cannot reach the doorbell.
+    SwMsiOutsideInbound,
+    /// Guest memory cannot be mapped to itself.
+    RamInReserved,
+    /// A BAR cannot be mapped.
+    BarInReserved,
+    /// The guest's doorbell is not reported.
+    MsiOutsideRange,
+}
+
+impl fmt::Display for AdvisoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Relaxable => "the firmware may use this region by DMA until a driver has taken over the device",
+            Self::UnknownType => "the host calls this region something that is not known here: it is taken for reserved",
+            Self::WindowEnforced => {
+                "this host's kernel shows a host bridge window as reserved, and enforces it: guest memory there cannot be \
+                 reached by DMA. Use another kernel"
+            }
+            Self::SwMsiOutsideInbound => {
+                "devices cannot reach the doorbell that the host's kernel chose: interrupts cannot work on this host"
+            }
+            Self::RamInReserved => "guest memory lies here: it cannot be mapped to itself for this endpoint",
+            Self::BarInReserved => "a device's BAR lies here: devices cannot reach each other there",
+            Self::MsiOutsideRange => "the guest's doorbell does not lie in the input range, and is not reported",
+        })
+    }
+}
+
+/// Facts from which nothing can be planned.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// No address is left.
+    #[error("endpoint {endpoint}: no address in {input_range} can be mapped")]
+    NothingUsable {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The addresses looked at.
+        input_range: IovaRange,
+    },
+    /// There is no endpoint to take an input range from.
+    #[error("without an endpoint, an input range must be given")]
+    NoEndpoint,
+    /// The regions cannot be reported together.
+    #[error("endpoint {endpoint}")]
+    View {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// What is wrong.
+        source: ViewError,
+    },
+}
+
+/// What the facts of one endpoint come to.
+struct Findings {
+    /// What the host can map for the group, and the operator wants to offer.
+    usable: RangeSet,
+    /// Ranges that the host shows and that are windows.
+    windows_shown: Vec<(RangeSet, WithheldReason)>,
+    advisories: Vec<Advisory>,
+}
+
+/// Plans what the guest is told, from the facts of each endpoint's group.
+///
+/// # Errors
+///
+/// [`PlanError`]
+pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Plan, PlanError> {
+    let findings: Vec<Findings> = endpoints.iter().map(|(_, facts)| look_at(facts, policy)).collect();
+    for ((endpoint, _), found) in endpoints.iter().zip(&findings) {
+        if found.usable.is_empty() {
+            return Err(PlanError::NothingUsable { endpoint: *endpoint, input_range: IovaRange::ALL });
+        }
+    }
+    let input_range = input_range(policy, &findings).ok_or(PlanError::NoEndpoint)?;
+    let planned = endpoints.iter().zip(&findings);
+    let endpoints = planned.map(|((id, facts), found)| plan_endpoint(*id, facts, found, policy, input_range));
+    Ok(Plan { input_range, endpoints: endpoints.collect::<Result<_, _>>()? })
+}
+
+/// Classifies every region, and takes away what cannot be mapped.
+fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
+    let mut reserved = RangeSet::new();
+    let mut windows_shown = Vec::new();
+    let mut advisories = Vec::new();
+    for region in facts.reserved_regions.iter().flatten() {
+        let range = region.range;
+        let advise = |kind| Advisory { range, kind };
+        match classify(region, facts) {
+            Verdict::True => reserved.insert(range),
+            Verdict::Relaxable => {
+                advisories.push(advise(AdvisoryKind::Relaxable));
+                if policy.relaxable == Relaxable::Report {
+                    reserved.insert(range);
+                }
+            }
+            Verdict::UnknownType => {
+                advisories.push(advise(AdvisoryKind::UnknownType));
+                reserved.insert(range);
+            }
+            Verdict::WindowEnforced => {
+                advisories.push(advise(AdvisoryKind::WindowEnforced));
+                reserved.insert(range);
+            }
+            Verdict::Window { withheld, reason } => {
+                reserved = reserved.union(&RangeSet::from(range).subtract(&withheld));
+                windows_shown.push((withheld, reason));
+            }
+        }
+        if is_software_msi(region, facts)
+            && let Some(inbound) = &facts.inbound
+            && !inbound.covers(range)
+        {
+            advisories.push(advise(AdvisoryKind::SwMsiOutsideInbound));
+        }
+    }
+    let mut usable = RangeSet::from(facts.aperture.unwrap_or(IovaRange::ALL)).subtract(&reserved);
+    if let Some(known) = &facts.usable {
+        usable = usable.intersect(known);
+    }
+    if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Report) {
+        usable = usable.intersect(inbound);
+    }
+    // Only where the host does not keep devices apart does a BAR's address lead to the BAR.
+    if policy.peer_to_peer == PeerToPeer::CarveBars && facts.acs_isolated == Some(false) {
+        usable = usable.subtract(&facts.bars.iter().flatten().copied().collect());
+    }
+    Findings { usable, windows_shown, advisories }
+}
+
+fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
+    region.kind == HostRegionKind::Msi
+        && (region.range.start(), region.range.last()) == SOFTWARE_MSI
+        && matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
+}
+
+/// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise.
+fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
+    if policy.input_range.is_some() {
+        return policy.input_range;
+    }
+    let start = findings.iter().filter_map(|found| found.usable.first()).map(IovaRange::start).min()?;
+    let last = findings.iter().filter_map(|found| found.usable.last()).map(IovaRange::last).max()?;
+    let widest = match policy.max_address_width {
+        Some(width) if width < 64 => (1 << width) - 1,
+        _ => u64::MAX,
+    };
+    IovaRange::new(start, last.min(widest))
+}
+
+fn plan_endpoint(
+    id: EndpointId,
+    facts: &HostFacts,
+    found: &Findings,
+    policy: &Policy,
+    input_range: IovaRange,
+) -> Result<EndpointPlan, PlanError> {
+    let offered = RangeSet::from(input_range);
+    if found.usable.intersect(&offered).is_empty() {
+        return Err(PlanError::NothingUsable { endpoint: id, input_range });
+    }
+    let mut advisories = found.advisories.clone();
+    let msi = policy.guest_msi.filter(|msi| {
+        let inside = input_range.covers(*msi);
+        if !inside {
+            advisories.push(Advisory { range: *msi, kind: AdvisoryKind::MsiOutsideRange });
+        }
+        inside
+    });
+    // All of the input range that is not usable, with the guest's doorbell cut out and shown as what it is.
+    let mut reserved = offered.subtract(&found.usable);
+    if let Some(msi) = msi {
+        reserved = reserved.subtract(&RangeSet::from(msi));
+    }
+    let mut advise_on = |ranges: &[IovaRange], kind| {
+        let hit = reserved.intersect(&ranges.iter().copied().collect());
+        advisories.extend(hit.ranges().iter().map(|range| Advisory { range: *range, kind }));
+        hit
+    };
+    let bypass_refused = advise_on(&policy.guest_ram, AdvisoryKind::RamInReserved);
+    advise_on(facts.bars.as_deref().unwrap_or_default(), AdvisoryKind::BarInReserved);
+    advisories.sort_by_key(|advisory| (advisory.range, advisory.kind));
+    advisories.dedup();
+
+    let mut regions = regions_of(&reserved, ReservedKind::Reserved);
+    regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
+    let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
+    let withheld = withheld(facts, found, policy, &view);
+    let all = facts.reserved_regions.iter().flatten();
+    let direct = all.filter(|region| region.kind == HostRegionKind::Direct).map(|region| region.range).min();
+    Ok(EndpointPlan { id, view, withheld, advisories, direct, bypass_refused })
+}
+
+fn regions_of(set: &RangeSet, kind: ReservedKind) -> Vec<ReservedRegion> {
+    set.ranges().iter().map(|range| ReservedRegion { range: *range, kind }).collect()
+}
+
+/// Everything known that is not reported: windows that the host shows, windows that it does not, and what devices cannot
+/// reach, each once and for the first of these reasons.
+fn withheld(facts: &HostFacts, found: &Findings, policy: &Policy, view: &EndpointView) -> Vec<Withheld> {
+    let mut candidates = found.windows_shown.clone();
+    candidates.sort_by_key(|(_, reason)| *reason);
+    if let Some(windows) = &facts.windows {
+        candidates.push((windows.clone(), WithheldReason::WindowNotInSysfs));
+    }
+    if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Withhold) {
+        candidates.push((RangeSet::from(IovaRange::ALL).subtract(inbound), WithheldReason::InboundByPolicy));
+    }
+    let mut accounted = view.refused().clone();
+    let mut withheld: Vec<Withheld> = Vec::new();
+    for reason in [
+        WithheldReason::WindowByMatch,
+        WithheldReason::WindowByEra,
+        WithheldReason::WindowByBars,
+        WithheldReason::WindowNotInSysfs,
+        WithheldReason::InboundByPolicy,
+    ] {
+        let same = candidates.iter().filter(|(_, other)| *other == reason);
+        let all = same.fold(RangeSet::new(), |all, (ranges, _)| all.union(ranges)).subtract(&accounted);
+        withheld.extend(all.ranges().iter().map(|range| Withheld { range: *range, reason }));
+        accounted = accounted.union(&all);
+    }
+    withheld.sort_by_key(|withheld| withheld.range);
+    withheld
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::option::of;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn regions() -> impl Strategy<Value = Vec<HostRegion>> {
+        let kind = prop_oneof![
+            Just(HostRegionKind::Direct),
+            Just(HostRegionKind::DirectRelaxable),
+            Just(HostRegionKind::Reserved),
+            Just(HostRegionKind::Reserved),
+            Just(HostRegionKind::Msi),
+            Just(HostRegionKind::Other("translated-foo".to_owned())),
+        ];
+        proptest::collection::vec((range(), kind).prop_map(|(range, kind)| HostRegion { range, kind }), 0..5)
+    }
+
+    /// Ranges of a few pages in a small space, so that they meet.
+    fn range() -> impl Strategy<Value = IovaRange> {
+        (0..24u64, 0..6u64)
+            .prop_map(|(start, more)| IovaRange::new(start << 12, ((start + more + 1) << 12) - 1).unwrap())
+    }
+
+    fn set() -> impl Strategy<Value = RangeSet> {
+        proptest::collection::vec(range(), 0..5).prop_map(|ranges| ranges.into_iter().collect())
+    }
+
+    fn facts() -> impl Strategy<Value = HostFacts> {
+        let driver = prop_oneof![
+            Just(Driver::IntelVtd),
+            Just(Driver::AmdVi),
+            Just(Driver::ArmSmmuV3),
+            Just(Driver::Riscv),
+            Just(Driver::Unknown),
+        ];
+        let kernel = of(prop_oneof![Just("4.14".to_owned()), Just("6.12".to_owned())]);
+        let parts = (kernel, driver, regions(), of(set()), of(set()), of(proptest::collection::vec(range(), 0..3)));
+        (parts, of(set()), of(any::<bool>())).prop_map(
+            |((kernel, driver, list, usable, windows, bars), inbound, acs)| HostFacts {
+                kernel,
+                driver,
+                reserved_regions: Some(list),
+                usable,
+                aperture: IovaRange::new(0, 0x2_ffff),
+                windows,
+                bars,
+                inbound,
+                acs_isolated: acs,
+            },
+        )
+    }
+
+    fn policy() -> impl Strategy<Value = Policy> {
+        (any::<[bool; 3]>(), of(range()), proptest::collection::vec(range(), 0..3)).prop_map(
+            |([report, withhold, carve], guest_msi, guest_ram)| Policy {
+                relaxable: if report { Relaxable::Report } else { Relaxable::Ignore },
+                inbound: if withhold { Inbound::Withhold } else { Inbound::Report },
+                peer_to_peer: if carve { PeerToPeer::CarveBars } else { PeerToPeer::Warn },
+                guest_msi,
+                guest_ram,
+                ..Policy::default()
+            },
+        )
+    }
+
+    const ID: EndpointId = EndpointId(0x18);
+
+    fn one(policy: &Policy, facts: &HostFacts) -> Option<(IovaRange, EndpointPlan)> {
+        let mut plan = plan(policy, &[(ID, facts.clone())]).ok()?;
+        Some((plan.input_range, plan.endpoints.remove(0)))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_told_is_sorted_disjoint_and_inside(policy in policy(), facts in facts()) {
+            let Some((input_range, planned)) = one(&policy, &facts) else { return Ok(()) };
+            let reported = planned.view.reported();
+            prop_assert!(reported.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
+            prop_assert!(reported.iter().all(|region| input_range.covers(region.range)));
+            prop_assert!(planned.withheld.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
+            // I17: no withheld range is refused.
+            prop_assert!(planned.withheld.iter().all(|w| planned.view.refused().overlapping(w.range).is_none()));
+            let msi = reported.iter().filter(|region| region.kind == ReservedKind::Msi).count();
+            prop_assert_eq!(msi, usize::from(policy.guest_msi.is_some_and(|msi| input_range.covers(msi))));
+        }
+
+        #[test]
+        fn what_the_host_cannot_map_is_always_told(policy in policy(), facts in facts()) {
+            let Some((input_range, planned)) = one(&policy, &facts) else { return Ok(()) };
+            if let Some(usable) = &facts.usable {
+                for range in RangeSet::from(input_range).subtract(usable).ranges() {
+                    prop_assert!(planned.view.refused().covers(*range));
+                }
+            }
+        }
+
+        #[test]
+        fn where_windows_were_never_shown_they_and_bars_change_nothing(
+            facts in facts(), windows in set(), bar in range(), policy in policy(),
+        ) {
+            let policy = Policy { peer_to_peer: PeerToPeer::Warn, ..policy };
+            let facts = HostFacts { driver: Driver::AmdVi, ..facts };
+            let other = HostFacts { windows: Some(windows), bars: Some(vec![bar]), ..facts.clone() };
+            let view = |facts| one(&policy, facts).map(|(range, planned)| (range, planned.view));
+            prop_assert_eq!(view(&facts), view(&other));
+        }
+
+        #[test]
+        fn elsewhere_a_window_only_changes_what_the_host_calls_reserved(
+            facts in facts(), windows in set(), policy in policy(),
+        ) {
+            // The same input range, so that only the regions differ.
+            let policy = Policy { input_range: facts.aperture, guest_msi: None, ..policy };
+            let other = HostFacts { windows: Some(windows), ..facts.clone() };
+            let (Some((_, a)), Some((_, b))) = (one(&policy, &facts), one(&policy, &other)) else { return Ok(()) };
+            let (a, b) = (a.view.refused(), b.view.refused());
+            let changed = a.subtract(b).union(&b.subtract(a));
+            let shown = facts.reserved_regions.iter().flatten();
+            let reserved: RangeSet = shown.filter(|r| r.kind == HostRegionKind::Reserved).map(|r| r.range).collect();
+            prop_assert!(changed.subtract(&reserved).is_empty());
+        }
+
+        #[test]
+        fn the_order_of_facts_does_not_matter(policy in policy(), facts in facts(), other in facts()) {
+            let mut turned = facts.clone();
+            turned.reserved_regions.as_mut().unwrap().reverse();
+            turned.bars.iter_mut().for_each(|bars| bars.reverse());
+            prop_assert_eq!(one(&policy, &facts), one(&policy, &turned));
+            let both = [(EndpointId(1), facts), (EndpointId(2), other)];
+            let [first, second] = both.clone();
+            let (there, back) = (plan(&policy, &both), plan(&policy, &[second, first]));
+            if let (Ok(there), Ok(mut back)) = (there, back) {
+                back.endpoints.reverse();
+                prop_assert_eq!(there, back);
+            }
+        }
+    }
+}

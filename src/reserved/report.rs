@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A plan as JSON: what `viommuctl plan` prints. Addresses are hexadecimal, ranges inclusive.
+
+use serde::Serialize;
+
+use super::plan::{Advisory, AdvisoryKind, EndpointPlan, Plan};
+use super::{ReservedKind, WithheldReason};
+use crate::range::IovaRange;
+
+#[derive(Serialize)]
+struct Document {
+    input_range: [String; 2],
+    endpoints: Vec<Endpoint>,
+}
+
+#[derive(Serialize)]
+struct Endpoint {
+    id: String,
+    resv: Vec<Reserved>,
+    withheld: Vec<Withheld>,
+    advisories: Vec<Advice>,
+    attachable: Answer<Refusal>,
+    bypass: Answer<RamRefusal>,
+}
+
+#[derive(Serialize)]
+struct Reserved {
+    start: String,
+    end: String,
+    subtype: &'static str,
+}
+
+#[derive(Serialize)]
+struct Withheld {
+    start: String,
+    end: String,
+    reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Advice {
+    kind: &'static str,
+    start: String,
+    end: String,
+    text: String,
+}
+
+/// `true`, or why not.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Answer<T> {
+    Yes(bool),
+    No(T),
+}
+
+#[derive(Serialize)]
+struct Refusal {
+    refused: &'static str,
+    start: String,
+    end: String,
+}
+
+#[derive(Serialize)]
+struct RamRefusal {
+    refused: Vec<[String; 2]>,
+}
+
+fn ends(range: IovaRange) -> [String; 2] {
+    [range.start(), range.last()].map(|address| format!("{address:#x}"))
+}
+
+/// The name of a reason.
+pub const fn reason_name(reason: WithheldReason) -> &'static str {
+    match reason {
+        WithheldReason::WindowNotInSysfs => "window-not-in-sysfs",
+        WithheldReason::WindowByMatch => "window-by-match",
+        WithheldReason::WindowByEra => "window-by-era",
+        WithheldReason::WindowByBars => "window-by-bars",
+        WithheldReason::InboundByPolicy => "inbound-by-policy",
+    }
+}
+
+/// The name of a kind of advisory.
+pub const fn advisory_name(kind: AdvisoryKind) -> &'static str {
+    match kind {
+        AdvisoryKind::Relaxable => "relaxable",
+        AdvisoryKind::UnknownType => "unknown-type",
+        AdvisoryKind::WindowEnforced => "window-enforced",
+        AdvisoryKind::SwMsiOutsideInbound => "sw-msi-outside-inbound",
+        AdvisoryKind::RamInReserved => "ram-in-reserved",
+        AdvisoryKind::BarInReserved => "bar-in-reserved",
+        AdvisoryKind::MsiOutsideRange => "msi-outside-range",
+    }
+}
+
+impl From<&Advisory> for Advice {
+    fn from(advisory: &Advisory) -> Self {
+        let [start, end] = ends(advisory.range);
+        Self { kind: advisory_name(advisory.kind), start, end, text: advisory.kind.to_string() }
+    }
+}
+
+impl From<&EndpointPlan> for Endpoint {
+    fn from(plan: &EndpointPlan) -> Self {
+        let resv = plan.view.reported().iter().map(|region| {
+            let [start, end] = ends(region.range);
+            let subtype = match region.kind {
+                ReservedKind::Reserved => "reserved",
+                ReservedKind::Msi => "msi",
+            };
+            Reserved { start, end, subtype }
+        });
+        let withheld = plan.withheld.iter().map(|withheld| {
+            let [start, end] = ends(withheld.range);
+            Withheld { start, end, reason: reason_name(withheld.reason) }
+        });
+        let attachable = plan.direct.map_or(Answer::Yes(true), |direct| {
+            let [start, end] = ends(direct);
+            Answer::No(Refusal { refused: "direct", start, end })
+        });
+        let refused: Vec<_> = plan.bypass_refused.ranges().iter().map(|range| ends(*range)).collect();
+        Self {
+            id: plan.id.to_string(),
+            resv: resv.collect(),
+            withheld: withheld.collect(),
+            advisories: plan.advisories.iter().map(Advice::from).collect(),
+            attachable,
+            bypass: if refused.is_empty() { Answer::Yes(true) } else { Answer::No(RamRefusal { refused }) },
+        }
+    }
+}
+
+/// The plan's text.
+pub fn to_json(plan: &Plan) -> String {
+    let document = Document {
+        input_range: ends(plan.input_range),
+        endpoints: plan.endpoints.iter().map(Endpoint::from).collect(),
+    };
+    // Strings, lists and truth values: nothing that JSON cannot say.
+    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
+    text.push('\n');
+    text
+}
