@@ -12,18 +12,19 @@ use comfy_table::{Table, presets};
 use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
-use virtio_iommu::launch::inspect::{Inspection, inspect};
+use virtio_iommu::launch::inspect::{Host, Inspection, inspect};
 use virtio_iommu::launch::{Launch, Size, qemu};
-use virtio_iommu::range::RangeSet;
+use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::facts::FactsFile;
-use virtio_iommu::reserved::plan::{EndpointPlan, PlanError, plan};
+use virtio_iommu::reserved::plan::{EndpointPlan, PlanError, Policy, plan};
 use virtio_iommu::reserved::sysfs::Sysfs;
 use virtio_iommu::reserved::{ReservedKind, report};
 use virtio_iommu::topology::viot::{self, PciFunctions};
+use virtio_iommu::vhost_user::{GuestMsi, parse_guest_msi};
 
 /// Looks at a host's IOMMU groups and prepares what a guest with a virtio-iommu needs.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "viommuctl", version, max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -41,7 +42,7 @@ enum Command {
         /// The QEMU that is to run the guest.
         #[arg(long, value_name = "PATH", default_value = "qemu-system-x86_64")]
         qemu: PathBuf,
-        /// How much memory the guest is to have, to see whether enough of it can be locked.
+        /// How much memory the guest is to have, such as 4G, to see whether enough of it can be locked.
         #[arg(long, value_name = "SIZE")]
         memory: Option<Size>,
         /// Print JSON.
@@ -98,14 +99,23 @@ enum Command {
         /// Print the facts as JSON instead of tables.
         #[arg(long)]
         json: bool,
+        /// The host's sysfs, or a copy of another host's.
+        #[arg(long, value_name = "DIR", default_value = "/sys")]
+        sysfs: PathBuf,
+        /// The host's proc, or a copy of another host's.
+        #[arg(long, value_name = "DIR", default_value = "/proc")]
+        proc: PathBuf,
+        /// The MSI doorbell of the guest's machine, or `none`.
+        #[arg(long, value_name = "START-END|none", default_value = "fee00000-feefffff", value_parser = parse_guest_msi)]
+        guest_msi: GuestMsi,
     },
     /// Writes the ACPI table that puts PCI functions of the guest behind its virtio-iommu.
     Viot {
         /// Where the guest has the virtio-iommu.
         #[arg(long, value_name = "BDF")]
         iommu: PciAddress,
-        /// The functions behind it, as the guest has them.
-        #[arg(long, value_name = "BDF[-BDF]", required = true, value_delimiter = ',')]
+        /// The functions behind it, as the guest has them: single ones or ranges, separated by commas.
+        #[arg(long, value_name = "BDF[-BDF],...", required = true, value_delimiter = ',')]
         endpoints: Vec<PciFunctions>,
         /// The file to write.
         #[arg(short, long, value_name = "FILE")]
@@ -124,7 +134,10 @@ fn main() -> ExitCode {
             launch.and_then(|launch| run_launch(&launch, print))
         }
         Command::Plan { facts, json } => run_plan(&facts, json),
-        Command::Inspect { devices, facts_out, json } => run_inspect(&devices, facts_out, json),
+        Command::Inspect { devices, facts_out, json, sysfs, proc, guest_msi } => {
+            let policy = Policy { guest_msi: guest_msi.range(), ..Policy::default() };
+            run_inspect(&Host { sysfs, proc }, &devices, &policy, facts_out, json)
+        }
         Command::Viot { iommu, endpoints, output } => run_viot(iommu, &endpoints, &output),
     };
     match result {
@@ -137,7 +150,7 @@ fn main() -> ExitCode {
 }
 
 fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
-    let report = check(&Sysfs::new("/sys"), question);
+    let report = check(&Host::default(), question);
     if json {
         println!("{}", serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?);
     } else {
@@ -158,6 +171,12 @@ fn make_launch(
         let slots = (3..).take(devices.len()).map(|slot: usize| format!("00:{slot:02x}.0"));
         let addresses: Result<_, ParsePciAddressError> = slots.map(|text| text.parse()).collect();
         guest = addresses.map_err(|error| Failure(2, error.into()))?;
+    }
+    let mut distinct = devices.to_vec();
+    distinct.sort_unstable();
+    distinct.dedup();
+    if distinct.len() != devices.len() {
+        return Err(Failure(2, "a device is given twice".into()));
     }
     if guest.len() != devices.len() {
         return Err(Failure(2, "give as many --guest addresses as devices".into()));
@@ -183,7 +202,7 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let memory = qemu::memory(&launch.qemu).map_err(|error| Failure(2, error.into()))?;
     let program = launch.qemu.first().map(PathBuf::from).unwrap_or_default();
     let devices = launch.devices.iter().map(|(host, _)| *host).collect();
-    let report = check(&sysfs, &Question { devices, qemu: program, memory });
+    let report = check(&Host::default(), &Question { devices, qemu: program, memory });
     if !report.ready {
         eprintln!("{report}");
         return Err(Failure(3, "this host is not ready: see above".into()));
@@ -239,13 +258,18 @@ fn print_plan(planned: &EndpointPlan) {
     }
 }
 
-fn run_inspect(devices: &[PciAddress], facts_out: Option<PathBuf>, json: bool) -> Result<(), Failure> {
-    let sysfs = Sysfs::new("/sys");
+fn run_inspect(
+    host: &Host,
+    devices: &[PciAddress],
+    policy: &Policy,
+    facts_out: Option<PathBuf>,
+    json: bool,
+) -> Result<(), Failure> {
     let mut file = FactsFile::default();
     for device in devices {
-        let inspection = inspect(&sysfs, *device).map_err(|error| Failure(3, error.into()))?;
+        let inspection = inspect(host, *device).map_err(|error| Failure(3, error.into()))?;
         if !json {
-            print_inspection(*device, &inspection);
+            print_inspection(*device, &inspection, policy);
         }
         file.devices.push((EndpointId::from(*device), inspection.facts));
     }
@@ -258,24 +282,86 @@ fn run_inspect(devices: &[PciAddress], facts_out: Option<PathBuf>, json: bool) -
     Ok(())
 }
 
-fn print_inspection(device: PciAddress, inspection: &Inspection) {
+fn print_inspection(device: PciAddress, inspection: &Inspection, policy: &Policy) {
     let Inspection { group, facts, usable_unknown } = inspection;
     let members: Vec<String> = group.members.iter().map(ToString::to_string).collect();
-    println!("{device}: IOMMU group {} ({})", group.number, members.join(" "));
+    let kernel = facts.kernel.as_deref().unwrap_or("not known");
+    println!("{device}: IOMMU group {} ({}), {}, Linux {kernel}", group.number, members.join(" "), facts.driver);
+    let plan = plan(policy, &[(EndpointId::from(device), facts.clone())]);
+    let planned = plan.as_ref().ok().and_then(|plan| plan.endpoints.first());
+    let told = |range: IovaRange| planned.map_or_else(Default::default, |planned| told(planned, range));
+
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["range", "what the host says"]);
+    table.load_preset(presets::NOTHING).set_header([
+        "range",
+        "size",
+        "the host says",
+        "the guest is told",
+        "why",
+        "source",
+    ]);
+    let mut add = |range: IovaRange, says: String, source: &str| {
+        let (told, why) = told(range);
+        table.add_row([range.to_string(), human_size(range), says, told, why, source.to_owned()]);
+    };
     for region in facts.reserved_regions.iter().flatten() {
-        table.add_row([region.range.to_string(), region.kind.to_string()]);
+        add(region.range, region.kind.to_string(), "sysfs reserved_regions");
+    }
+    for range in facts.windows.iter().flat_map(RangeSet::ranges) {
+        add(*range, "host bridge window".to_owned(), "/proc/iomem");
     }
     for range in facts.usable.iter().flat_map(RangeSet::ranges) {
-        table.add_row([range.to_string(), "usable".to_owned()]);
+        add(*range, "usable".to_owned(), "iommufd");
     }
     println!("{table}");
+    if let Some(planned) = planned {
+        for advisory in &planned.advisories {
+            println!("{}: {}", advisory.range, advisory.kind);
+        }
+        if let Some(direct) = planned.direct {
+            println!("VFIO refuses the device: {direct} must stay mapped to itself (`direct`)");
+        }
+    }
+    if let Err(error) = &plan {
+        println!("{}", with_causes(error));
+    }
     if facts.reserved_regions.is_none() {
         println!("reserved regions: not known (the kernel is older than 4.11)");
     }
+    if facts.windows.is_none() {
+        println!("host bridge windows: not known (they are in /proc/iomem, for root)");
+    }
     if let Some(reason) = usable_unknown {
         println!("usable addresses: not known: {}", with_causes(reason));
+    }
+}
+
+/// What the guest is told of a range that the host shows, and why.
+fn told(planned: &EndpointPlan, range: IovaRange) -> (String, String) {
+    let reported = planned.view.reported().iter().find(|region| region.range.overlaps(range));
+    let withheld = planned.withheld.iter().find(|withheld| withheld.range.overlaps(range));
+    match (reported, withheld) {
+        (Some(region), None) if region.kind == ReservedKind::Msi => {
+            ("msi".to_owned(), "the guest's doorbell".to_owned())
+        }
+        (Some(_), None) => ("reserved".to_owned(), "the host cannot map there".to_owned()),
+        (Some(_), Some(withheld)) => ("in part".to_owned(), report::reason_name(withheld.reason).to_owned()),
+        (None, Some(withheld)) => ("nothing".to_owned(), report::reason_name(withheld.reason).to_owned()),
+        (None, None) => ("usable".to_owned(), String::new()),
+    }
+}
+
+/// A size as people read it.
+fn human_size(range: IovaRange) -> String {
+    const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let size = range.size();
+    match UNITS.iter().find(|(shift, _)| size >> shift > 0) {
+        Some((shift, unit)) if size.trailing_zeros() >= *shift => format!("{} {unit}", size >> shift),
+        Some((shift, unit)) => {
+            let tenths = (size * 10) >> shift;
+            format!("{}.{} {unit}", tenths / 10, tenths % 10)
+        }
+        None => format!("{size} B"),
     }
 }
 

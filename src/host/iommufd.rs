@@ -193,6 +193,21 @@ impl VfioDevice {
         }
     }
 
+    /// What can be mapped for the device's group alone. The device, which must be bound to this iommufd, is attached to an
+    /// empty address space for a moment, and detached: to be asked before anybody uses it.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the kernel says.
+    pub fn constraints(&self, iommufd: &Arc<Iommufd>) -> Result<Constraints, HostError> {
+        let fresh = iommufd.new_ioas()?;
+        self.attach(&fresh)?;
+        let constraints = fresh.constraints();
+        // An address space with a device cannot be freed.
+        self.detach();
+        constraints
+    }
+
     fn attach_error(&self, errno: Errno) -> HostError {
         let kind = match errno {
             Errno::ADDRINUSE => HostErrorKind::ReservedConflict,
@@ -415,8 +430,8 @@ pub struct IommufdGroup {
 }
 
 impl IommufdGroup {
-    /// A group whose devices somebody else binds to this iommufd, by the same files, and drives: a VMM that this
-    /// process works beside. Until that has happened, attaching fails.
+    /// A group of devices that the caller has bound to this iommufd ([`VfioDevice::bind`]), or that another process binds by
+    /// the same files: a VMM that this process works beside. Until that has happened, attaching fails.
     pub fn shared(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Self {
         let (members, devices) = devices.into_iter().unzip();
         Self { iommufd, members, devices, bound_here: AtomicBool::new(false) }

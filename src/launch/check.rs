@@ -5,17 +5,18 @@
 
 use std::fmt;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use super::inspect::inspect;
+use super::inspect::{Host, inspect};
 use super::size::Size;
 use crate::causes::with_causes;
 use crate::id::PciAddress;
-use crate::reserved::sysfs::{IommuGroup, Sysfs};
+use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 use crate::reserved::{HostFacts, HostRegion, HostRegionKind};
 
 /// The device of QEMU that a vhost-user backend of any kind can be behind.
@@ -129,26 +130,30 @@ impl fmt::Display for Report {
 }
 
 /// Looks at the host. Devices that are idle are attached to an empty address space for a moment.
-pub fn check(sysfs: &Sysfs, question: &Question) -> Report {
-    let host = vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory)];
-    let devices: Vec<_> = question.devices.iter().map(|device| check_device(sysfs, *device, question)).collect();
-    let ready = all_well(&host) && devices.iter().all(|device| device.ready);
-    Report { ready, host, devices }
+pub fn check(host: &Host, question: &Question) -> Report {
+    let findings = vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory)];
+    let devices: Vec<_> = question.devices.iter().map(|device| check_device(host, *device, question)).collect();
+    let ready = all_well(&findings) && devices.iter().all(|device| device.ready);
+    Report { ready, host: findings, devices }
 }
 
 fn check_iommufd() -> Finding {
     match File::options().read(true).write(true).open("/dev/iommu") {
         Ok(_) => Finding::ok("/dev/iommu can be opened"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Finding::no(
+            "there is no /dev/iommu",
+            "`modprobe iommufd`; if there is no such module, use Linux 6.6 or later with CONFIG_IOMMUFD",
+        ),
         Err(error) => Finding::no(
             format!("/dev/iommu cannot be opened: {error}"),
-            "load the module iommufd (Linux 6.2 or later with CONFIG_IOMMUFD), and run with access to /dev/iommu",
+            "run with access to /dev/iommu, such as root's",
         ),
     }
 }
 
 fn check_qemu(qemu: &Path) -> Finding {
     let run = |argument: &[&str]| Command::new(qemu).args(argument).output();
-    let remedy = format!("install QEMU 11.1 or later, or name it with --qemu: {QEMU_DEVICE} is needed");
+    let remedy = format!("install QEMU 11.1 or later, or give the path of one: {QEMU_DEVICE} is needed");
     let version = match run(&["--version"]) {
         Ok(output) if output.status.success() => {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -185,7 +190,11 @@ fn check_memlock(memory: Option<Size>) -> Finding {
         return Finding::ok(format!("{} of locked memory is enough for a guest of {memory}", Size(limit)));
     }
     Finding::no(
-        format!("locked memory is limited to {}, and a guest of {memory} may need {needed}", Size(limit)),
+        format!(
+            "locked memory is limited to {}, and a guest of {memory} may need {needed}: QEMU locks all of it, bypass all of \
+             it, and the guest's mappings up to all of it",
+            Size(limit)
+        ),
         format!("raise the limit: `ulimit -l {}`, or LimitMEMLOCK={needed} in a systemd unit", needed.0 >> 10),
     )
 }
@@ -196,22 +205,30 @@ fn effective_capabilities() -> Option<u64> {
     u64::from_str_radix(set.trim(), 16).ok()
 }
 
-fn check_device(sysfs: &Sysfs, device: PciAddress, question: &Question) -> DeviceReport {
-    let findings = device_findings(sysfs, device, question);
+fn check_device(host: &Host, device: PciAddress, question: &Question) -> DeviceReport {
+    let findings = device_findings(host, device, question);
     DeviceReport { device: device.to_string(), ready: all_well(&findings), findings }
 }
 
-fn device_findings(sysfs: &Sysfs, device: PciAddress, question: &Question) -> Vec<Finding> {
+fn device_findings(host: &Host, device: PciAddress, question: &Question) -> Vec<Finding> {
+    let sysfs = Sysfs::new(&host.sysfs);
     let group = match sysfs.group(device) {
         Ok(group) => group,
-        Err(error) => return vec![Finding::no(error.to_string(), "choose a device of this host behind an IOMMU")],
+        Err(error @ SysfsError::NoDevice { .. }) => {
+            return vec![Finding::no(error.to_string(), "`lspci -D` lists the devices of this host")];
+        }
+        Err(error) => {
+            let remedy =
+                "turn the IOMMU on: VT-d or AMD-Vi in the firmware, intel_iommu=on on the kernel's command line";
+            return vec![Finding::no(error.to_string(), remedy)];
+        }
     };
-    let mut findings = vec![check_group_is_real(sysfs, &group), check_driver(sysfs, device)];
-    findings.extend(check_members(sysfs, device, &group, &question.devices));
+    let mut findings = vec![check_group_is_real(&sysfs, &group), check_driver(&sysfs, device)];
+    findings.extend(check_members(&sysfs, device, &group, &question.devices));
     findings.push(check_direct(&group));
     findings.extend(check_software_msi(&group));
     if all_well(&findings) {
-        findings.push(check_usable(sysfs, device));
+        findings.push(check_usable(host, device));
     }
     findings
 }
@@ -230,7 +247,10 @@ fn check_group_is_real(sysfs: &Sysfs, group: &IommuGroup) -> Finding {
 }
 
 fn check_driver(sysfs: &Sysfs, device: PciAddress) -> Finding {
-    let remedy = format!("bind it: driverctl set-override {device} vfio-pci, or with sysfs' driver_override");
+    let remedy = format!(
+        "bind it, once the host does not use it any more (unmount disks): driverctl set-override {device} vfio-pci, or with \
+         sysfs' driver_override"
+    );
     match sysfs.driver(device) {
         Ok(Some(driver)) if driver == "vfio-pci" => match sysfs.vfio_node(device) {
             Ok(Some(node)) => Finding::ok(format!("bound to vfio-pci, as /dev/vfio/devices/{node}")),
@@ -302,8 +322,8 @@ fn check_software_msi(group: &IommuGroup) -> Option<Finding> {
     }
 }
 
-fn check_usable(sysfs: &Sysfs, device: PciAddress) -> Finding {
-    match inspect(sysfs, device) {
+fn check_usable(host: &Host, device: PciAddress) -> Finding {
+    match inspect(host, device) {
         Err(error) => Finding::no(error.to_string(), "see the message"),
         Ok(inspection) => match (inspection.usable_unknown, inspection.facts.usable) {
             (None, Some(usable)) => Finding::ok(format!("can be attached; usable: {usable}")),
@@ -323,7 +343,7 @@ mod tests {
     use super::*;
 
     /// A sysfs with 0000:01:00.0 and .1 in group 12.
-    fn tree(drivers: [&str; 2], regions: &str, name: Option<&str>) -> (tempfile::TempDir, Sysfs) {
+    fn tree(drivers: [&str; 2], regions: &str, name: Option<&str>) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         let group = directory.path().join("kernel/iommu_groups/12");
         fs::create_dir_all(group.join("devices")).unwrap();
@@ -340,15 +360,15 @@ mod tests {
             }
             fs::write(group.join("devices").join(function), "").unwrap();
         }
-        let sysfs = Sysfs::new(directory.path());
-        (directory, sysfs)
+        directory
     }
 
     fn noes(drivers: [&str; 2], regions: &str, name: Option<&str>, given: &[&str]) -> Vec<String> {
-        let (_tree, sysfs) = tree(drivers, regions, name);
+        let tree = tree(drivers, regions, name);
+        let host = Host { sysfs: tree.path().to_owned(), proc: tree.path().to_owned() };
         let devices: Vec<PciAddress> = given.iter().map(|text| text.parse().unwrap()).collect();
         let question = Question { devices, qemu: PathBuf::new(), memory: None };
-        let findings = device_findings(&sysfs, question.devices[0], &question);
+        let findings = device_findings(&host, question.devices[0], &question);
         assert!(findings.iter().all(|finding| (finding.verdict == Verdict::Ok) == finding.remedy.is_none()));
         findings.into_iter().filter(|finding| finding.verdict == Verdict::No).map(|finding| finding.found).collect()
     }

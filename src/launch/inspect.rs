@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use crate::fd::WrongFile;
 use crate::host::HostError;
-use crate::host::IoPageTable;
 use crate::host::iommufd::{Iommufd, VfioDevice};
 use crate::id::PciAddress;
 use crate::range::RangeSet;
 use crate::reserved::HostFacts;
+use crate::reserved::bridge::{self, IomemError};
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 
 /// What was found of a device.
@@ -30,6 +30,9 @@ pub struct Inspection {
 /// Why the addresses that a group can use are not known.
 #[derive(Debug, thiserror::Error)]
 pub enum UsableError {
+    /// The host is a copy of another one.
+    #[error("the device is on another machine")]
+    Elsewhere,
     /// The device has no VFIO device file.
     #[error("it is not bound to vfio-pci, or the kernel has no VFIO device files (CONFIG_VFIO_DEVICE_CDEV)")]
     NoVfioDevice,
@@ -49,25 +52,70 @@ pub enum UsableError {
     Host(#[from] HostError),
 }
 
+/// Where a host is looked at: its own file systems, or copies of them.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// sysfs
+    pub sysfs: PathBuf,
+    /// proc
+    pub proc: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { sysfs: "/sys".into(), proc: "/proc".into() }
+    }
+}
+
+impl Host {
+    /// Whether this is the machine that we are on, with devices that can be opened.
+    fn is_here(&self) -> bool {
+        self.sysfs == Path::new("/sys")
+    }
+
+    /// The kernel's release.
+    fn kernel(&self) -> Option<String> {
+        let release = std::fs::read_to_string(self.proc.join("sys/kernel/osrelease")).ok()?;
+        Some(release.trim().to_owned())
+    }
+}
+
+/// A host that does not tell what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// sysfs
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
+    /// proc
+    #[error(transparent)]
+    Iomem(#[from] IomemError),
+}
+
 /// Gathers what the host shows of a device's group. A device that is bound to VFIO and idle is attached to an empty
 /// address space of its own for a moment, to see which addresses can be used.
 ///
 /// # Errors
 ///
-/// [`SysfsError`]
-pub fn inspect(sysfs: &Sysfs, address: PciAddress) -> Result<Inspection, SysfsError> {
+/// [`InspectError`]
+pub fn inspect(host: &Host, address: PciAddress) -> Result<Inspection, InspectError> {
+    let sysfs = Sysfs::new(&host.sysfs);
     let group = sysfs.group(address)?;
     let mut facts = sysfs.facts(address)?;
-    facts.kernel = Some(rustix::system::uname().release().to_string_lossy().into_owned());
-    let usable_unknown = match sysfs.vfio_node(address)? {
-        None => Some(UsableError::NoVfioDevice),
-        Some(node) => match usable(&Path::new("/dev/vfio/devices").join(node), address) {
-            Ok(usable) => {
-                facts.usable = Some(usable);
-                None
-            }
-            Err(error) => Some(error),
-        },
+    facts.kernel = host.kernel();
+    if let Some(bridge) = sysfs.host_bridge(address)? {
+        facts.windows = bridge::windows(&host.proc, bridge)?;
+    }
+    let found = match sysfs.vfio_node(address)? {
+        _ if !host.is_here() => Err(UsableError::Elsewhere),
+        None => Err(UsableError::NoVfioDevice),
+        Some(node) => usable(&Path::new("/dev/vfio/devices").join(node), address),
+    };
+    let usable_unknown = match found {
+        Ok(usable) => {
+            facts.usable = Some(usable);
+            None
+        }
+        Err(error) => Some(error),
     };
     Ok(Inspection { group, facts, usable_unknown })
 }
@@ -81,9 +129,5 @@ fn usable(node: &Path, address: PciAddress) -> Result<RangeSet, UsableError> {
     let iommufd = Arc::new(Iommufd::new(open(Path::new("/dev/iommu"))?.into())?);
     let device = VfioDevice::new(open(node)?.into(), address.to_string())?;
     device.bind(&iommufd)?;
-    let ioas = iommufd.new_ioas()?;
-    device.attach(&ioas)?;
-    let constraints = ioas.constraints();
-    device.detach();
-    Ok(constraints?.usable)
+    Ok(device.constraints(&iommufd)?.usable)
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::inspect::inspect;
+use super::inspect::{Host, InspectError, inspect};
 use super::qemu::{self, Parts, QemuError, quote};
 use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
@@ -53,6 +53,9 @@ pub enum LaunchError {
     /// The host does not tell.
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
+    /// The host does not tell.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
     /// A device's facts are not known.
     #[error("{device}: {reason}")]
     NoFacts {
@@ -87,7 +90,7 @@ impl LaunchError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Qemu(_) | Self::Viot(_) => 2,
-            Self::Sysfs(_) | Self::NoFacts { .. } => 3,
+            Self::Sysfs(_) | Self::Inspect(_) | Self::NoFacts { .. } => 3,
             Self::Facts(_) | Self::File { .. } | Self::Daemon { .. } => 1,
         }
     }
@@ -124,7 +127,7 @@ impl Launch {
         Ok(Commands { daemon, qemu: qemu::command(&self.qemu, &parts)? })
     }
 
-    /// The guest's table.
+    /// The guest's table, which also makes sure that no place is taken twice.
     fn viot(&self) -> Result<Vec<u8>, LaunchError> {
         let functions: Vec<PciFunctions> = self.devices.iter().map(|(_, guest)| PciFunctions::from(*guest)).collect();
         Ok(viot::table(self.iommu, &functions)?)
@@ -141,7 +144,8 @@ impl Launch {
         let guests: Vec<String> = self.devices.iter().map(|(_, guest)| guest.to_string()).collect();
         let facts = self.path("facts.json").display().to_string();
         let table = self.path("viot.bin").display().to_string();
-        let mut lines = vec![format!("mkdir -p -m 700 {}", quote(&self.directory.display().to_string()))];
+        let mut lines = vec!["# for bash, with access to /dev/iommu and /dev/vfio".to_owned()];
+        lines.push(format!("mkdir -m 700 {}", quote(&self.directory.display().to_string())));
         lines.push(format!("viommuctl inspect {} --facts-out {}", hosts.join(" "), quote(&facts)));
         lines.push(format!(
             "viommuctl viot --iommu {} --endpoints {} -o {}",
@@ -152,7 +156,7 @@ impl Launch {
         let mut opened = format!("exec {FIRST_PRINTED_FD}<>/dev/iommu");
         let mut numbers = Vec::new();
         for ((host, _), number) in self.devices.iter().zip(FIRST_PRINTED_FD + 1..) {
-            let node = sysfs.vfio_node(*host)?.unwrap_or_else(|| "vfioN".to_owned());
+            let node = vfio_node(sysfs, *host)?;
             opened = format!("{opened} {number}<>/dev/vfio/devices/{node}");
             numbers.push(number);
         }
@@ -179,7 +183,7 @@ impl Launch {
         // What is wrong with the arguments is said before anything is touched.
         self.commands(0, &vec![0; self.devices.len()])?;
         let table = self.viot()?;
-        let facts = self.gather_facts(sysfs)?;
+        let facts = self.gather_facts()?;
 
         DirBuilder::new().recursive(true).mode(0o700).create(&self.directory).map_err(at(&self.directory))?;
         facts.write(&self.path("facts.json"))?;
@@ -198,10 +202,10 @@ impl Launch {
         Err(LaunchError::File { path: program, source })
     }
 
-    fn gather_facts(&self, sysfs: &Sysfs) -> Result<FactsFile, LaunchError> {
+    fn gather_facts(&self) -> Result<FactsFile, LaunchError> {
         let mut file = FactsFile::default();
         for (device, _) in &self.devices {
-            let inspection = inspect(sysfs, *device)?;
+            let inspection = inspect(&Host::default(), *device)?;
             if let Some(reason) = inspection.usable_unknown {
                 return Err(LaunchError::NoFacts { device: *device, reason: with_causes(&reason) });
             }
@@ -213,9 +217,7 @@ impl Launch {
     fn open_devices(&self, sysfs: &Sysfs) -> Result<Vec<File>, LaunchError> {
         let mut files = Vec::new();
         for (device, _) in &self.devices {
-            let reason = "it has no VFIO device file".to_owned();
-            let node = sysfs.vfio_node(*device)?.ok_or(LaunchError::NoFacts { device: *device, reason })?;
-            files.push(open(&Path::new("/dev/vfio/devices").join(node))?);
+            files.push(open(&Path::new("/dev/vfio/devices").join(vfio_node(sysfs, *device)?))?);
         }
         Ok(files)
     }
@@ -242,6 +244,11 @@ impl Launch {
         }
         Ok(())
     }
+}
+
+fn vfio_node(sysfs: &Sysfs, device: PciAddress) -> Result<String, LaunchError> {
+    let reason = format!("it is not bound to vfio-pci: `viommuctl check {device}` says what to do");
+    sysfs.vfio_node(device)?.ok_or(LaunchError::NoFacts { device, reason })
 }
 
 fn has_ended(child: &mut Child) -> bool {

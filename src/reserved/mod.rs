@@ -13,6 +13,8 @@ use std::str::FromStr;
 
 use crate::range::{IovaRange, ParseRangeError, RangeSet, parse_address};
 
+#[cfg(feature = "iommufd")]
+pub mod bridge;
 #[cfg(feature = "daemon")]
 pub mod facts;
 pub mod plan;

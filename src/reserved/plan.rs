@@ -161,7 +161,7 @@ pub enum PlanError {
         input_range: IovaRange,
     },
     /// There is no endpoint to take an input range from.
-    #[error("without an endpoint, an input range must be given")]
+    #[error("without an endpoint, an input range must be given: give endpoints, or an input range")]
     NoEndpoint,
     /// The regions cannot be reported together.
     #[error("endpoint {endpoint}")]

@@ -6,8 +6,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::bridge::HostBridge;
 use super::{Driver, HostFacts, HostRegion, ParseRegionError};
 use crate::id::PciAddress;
+use crate::range::{IovaRange, parse_address};
 
 /// A sysfs tree.
 #[derive(Clone, Debug)]
@@ -38,10 +40,7 @@ pub enum SysfsError {
         path: PathBuf,
     },
     /// The device is in no IOMMU group.
-    #[error(
-        "the device {0} is in no IOMMU group: the host's IOMMU is off or does not cover it (intel_iommu=on or \
-         amd_iommu=on on the kernel's command line, VT-d or AMD-Vi in the firmware)"
-    )]
+    #[error("the device {0} is in no IOMMU group: the host's IOMMU is off, or does not cover it")]
     NoGroup(PciAddress),
     /// A file cannot be read.
     #[error("cannot read {}", .path.display())]
@@ -60,6 +59,12 @@ pub enum SysfsError {
         line: usize,
         /// What is wrong with it.
         source: ParseRegionError,
+    },
+    /// The kernel shows no more than a page, and this file fills one.
+    #[error("{} fills a page: the kernel may have left regions out. Give the facts of this host from another source", .path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
     },
     /// A name is not what it should be.
     #[error("{} is not {expected}", .path.display())]
@@ -144,18 +149,82 @@ impl Sysfs {
         Ok(driver.map_or(Driver::Unknown, |(_, driver)| *driver))
     }
 
-    /// What the host shows of a device's group. Usable addresses and aperture are not in sysfs.
+    /// The host bridge that a device is behind; `None` if the tree does not tell.
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    pub fn host_bridge(&self, address: PciAddress) -> Result<Option<HostBridge>, SysfsError> {
+        Ok(bridge_in(&self.device(address)?))
+    }
+
+    /// The memory BARs of all devices behind a host bridge, ascending.
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    fn bars(&self, bridge: HostBridge) -> Result<Vec<IovaRange>, SysfsError> {
+        let directory = self.root.join("bus/pci/devices");
+        let mut bars = Vec::new();
+        for name in names(&directory)? {
+            let device = directory.join(name);
+            if bridge_in(&device) == Some(bridge) {
+                bars.extend(resources(&device.join("resource"))?);
+            }
+        }
+        bars.sort_unstable();
+        bars.dedup();
+        Ok(bars)
+    }
+
+    /// What the host shows of a device's group. Usable addresses and aperture are not in sysfs, nor are windows.
     ///
     /// # Errors
     ///
     /// [`SysfsError`]
     pub fn facts(&self, address: PciAddress) -> Result<HostFacts, SysfsError> {
+        let bars = self.host_bridge(address)?.map(|bridge| self.bars(bridge)).transpose()?;
         Ok(HostFacts {
             driver: self.iommu_driver(address)?,
             reserved_regions: self.group(address)?.reserved_regions,
+            bars,
             ..HostFacts::default()
         })
     }
+}
+
+/// The host bridge in the path that a device's name leads to: `.../devices/pci0000:00/0000:00:02.0`.
+fn bridge_in(device: &Path) -> Option<HostBridge> {
+    let path = fs::canonicalize(device).ok()?;
+    let name = path.components().find_map(|part| part.as_os_str().to_str()?.strip_prefix("pci")?.split_once(':'))?;
+    let (segment, bus) = name;
+    Some(HostBridge { segment: u16::from_str_radix(segment, 16).ok()?, bus: u8::from_str_radix(bus, 16).ok()? })
+}
+
+/// The memory BARs in a device's `resource` file: of its lines, `START END FLAGS`, the first six. A device without the file
+/// has none.
+fn resources(path: &Path) -> Result<Vec<IovaRange>, SysfsError> {
+    // include/linux/ioport.h
+    const IORESOURCE_MEM: u64 = 0x200;
+    const BARS: usize = 6;
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),
+    };
+    let mut bars = Vec::new();
+    for line in text.lines().take(BARS) {
+        let bad = || SysfsError::Name { path: path.to_owned(), expected: "a list of START END FLAGS" };
+        let fields: Vec<u64> =
+            line.split_whitespace().map(parse_address).collect::<Result<_, _>>().map_err(|_| bad())?;
+        let [start, last, flags] = fields[..] else {
+            return Err(bad());
+        };
+        if flags & IORESOURCE_MEM != 0 && start != 0 {
+            bars.push(IovaRange::new(start, last).ok_or_else(bad)?);
+        }
+    }
+    Ok(bars)
 }
 
 fn link_name(link: &Path) -> Option<String> {
@@ -182,12 +251,19 @@ fn members(directory: &Path) -> Result<Vec<PciAddress>, SysfsError> {
     Ok(members)
 }
 
+/// The kernel fills one page and leaves out what does not fit (`iommu_group_show_resv_regions()`): a list that another line
+/// would not fit may have lost some.
+const LONGEST_LIST: usize = 4096 - 64;
+
 fn reserved_regions(path: &Path) -> Result<Option<Vec<HostRegion>>, SysfsError> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),
     };
+    if text.len() > LONGEST_LIST {
+        return Err(SysfsError::Truncated { path: path.to_owned() });
+    }
     let region = |(index, line): (usize, &str)| {
         line.parse().map_err(|source| SysfsError::Region { path: path.to_owned(), line: index + 1, source })
     };
@@ -243,6 +319,41 @@ mod tests {
         assert_eq!(sysfs.group(address("01:00.0")).unwrap().reserved_regions, Some(vec![]));
         fs::remove_file(tree.path().join("kernel/iommu_groups/12/reserved_regions")).unwrap();
         assert_eq!(sysfs.group(address("01:00.0")).unwrap().reserved_regions, None);
+    }
+
+    #[test]
+    fn bars_of_all_devices_behind_the_same_bridge_are_found() {
+        let (tree, sysfs) = tree("");
+        let root = tree.path();
+        let lines = |first: &str| {
+            format!("{first}\n0x000000000000c000 0x000000000000c01f 0x0000000000040101\n{}", "0x0 0x0 0x0\n".repeat(4))
+        };
+        for (bridge, device, bar) in [
+            ("pci0000:00", "0000:03:00.0", "0x00000000c0000000 0x00000000c000ffff 0x0000000000040200"),
+            ("pci0000:00", "0000:04:00.0", "0x0000380000000000 0x000038000000ffff 0x000000000014220c"),
+            ("pci0001:00", "0001:03:00.0", "0x00000000d0000000 0x00000000d000ffff 0x0000000000040200"),
+        ] {
+            let real = root.join("devices").join(bridge).join("0000:00:1c.0").join(device);
+            fs::create_dir_all(&real).unwrap();
+            fs::write(real.join("resource"), lines(bar)).unwrap();
+            symlink(Path::new("../../../kernel/iommu_groups/12"), real.join("iommu_group")).unwrap();
+            symlink(&real, root.join("bus/pci/devices").join(device)).unwrap();
+        }
+        let third = address("03:00.0");
+        assert_eq!(sysfs.host_bridge(third).unwrap(), Some(HostBridge { segment: 0, bus: 0 }));
+        let bars = sysfs.bars(HostBridge { segment: 0, bus: 0 }).unwrap();
+        let expected = ["c0000000-c000ffff", "380000000000-38000000ffff"].map(|range| range.parse().unwrap());
+        assert_eq!(bars, expected);
+        assert_eq!(sysfs.host_bridge(address("01:00.0")).unwrap(), None, "the tree does not tell");
+        fs::write(root.join("bus/pci/devices/0000:03:00.0/resource"), "0x1 0x2\n").unwrap();
+        assert!(sysfs.bars(HostBridge { segment: 0, bus: 0 }).is_err());
+    }
+
+    #[test]
+    fn a_file_that_fills_a_page_is_not_trusted() {
+        let (_tree, sysfs) = tree(&"0x0000000000001000 0x0000000000001fff reserved\n".repeat(86));
+        let error = sysfs.group(address("01:00.0")).unwrap_err();
+        assert!(matches!(error, SysfsError::Truncated { .. }), "{error}");
     }
 
     #[test]

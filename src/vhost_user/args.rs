@@ -18,7 +18,7 @@ use crate::reserved::plan::X86_MSI;
 /// the host's IOMMU through iommufd. The launcher opens /dev/iommu and the devices' /dev/vfio/devices/vfioN and passes
 /// the same files to the VMM and to this process. One frontend is served; when it is gone every endpoint is blocked.
 #[derive(Clone, Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "vhost-device-iommu", version, max_term_width = 100)]
 pub struct Arguments {
     /// Path of the vhost-user socket. It is created, with access for its owner only; a socket that nobody listens on
     /// is replaced.
@@ -78,11 +78,7 @@ pub struct Arguments {
 impl Arguments {
     /// The guest's MSI doorbell.
     pub fn guest_msi(&self) -> Option<IovaRange> {
-        match self.guest_msi {
-            Some(GuestMsi::At(range)) => Some(range),
-            Some(GuestMsi::None) => None,
-            None => Some(X86_MSI),
-        }
+        self.guest_msi.unwrap_or(GuestMsi::At(X86_MSI)).range()
     }
 }
 
@@ -95,7 +91,22 @@ pub enum GuestMsi {
     None,
 }
 
-fn parse_guest_msi(text: &str) -> Result<GuestMsi, crate::range::ParseRangeError> {
+impl GuestMsi {
+    /// The addresses.
+    pub const fn range(self) -> Option<IovaRange> {
+        match self {
+            Self::At(range) => Some(range),
+            Self::None => None,
+        }
+    }
+}
+
+/// Reads `START-END` or `none`.
+///
+/// # Errors
+///
+/// [`ParseRangeError`](crate::range::ParseRangeError)
+pub fn parse_guest_msi(text: &str) -> Result<GuestMsi, crate::range::ParseRangeError> {
     if text == "none" { Ok(GuestMsi::None) } else { text.parse().map(GuestMsi::At) }
 }
 

@@ -42,6 +42,8 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => (),
         Err(error) => return Err(failed(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) if is_listened_on(path) => return Err(SocketError::InUse(path.to_owned())),
+        // Nobody that this process can see. Connecting tells for sure.
         Ok(_) => match UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
             Err(error) => return Err(failed(error)),
@@ -53,6 +55,24 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     let listener = UnixListener::bind(path);
     umask(before);
     listener.map_err(failed)
+}
+
+/// Whether somebody listens there, as far as the kernel's list tells. It is asked first because connecting would take the
+/// place of the one frontend that a daemon waits for.
+fn is_listened_on(path: &Path) -> bool {
+    // include/uapi/linux/net.h
+    const SO_ACCEPTCON: u32 = 1 << 16;
+    let Ok(list) = fs::read_to_string("/proc/net/unix") else {
+        return false;
+    };
+    let absolute = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    // Number, references, protocol, flags, type, state, inode, path.
+    list.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        let flags = fields.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        let name = fields.nth(3).map(Path::new);
+        flags.is_some_and(|flags| flags & SO_ACCEPTCON != 0) && (name == Some(path) || name == Some(absolute.as_path()))
+    })
 }
 
 #[cfg(test)]
@@ -68,6 +88,8 @@ mod tests {
         let listener = bind(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "whoever listens was not disturbed");
         drop(listener);
         drop(bind(&path).unwrap());
         let file = directory.path().join("file");
