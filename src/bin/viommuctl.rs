@@ -291,27 +291,22 @@ fn print_inspection(device: PciAddress, inspection: &Inspection, policy: &Policy
     let planned = plan.as_ref().ok().and_then(|plan| plan.endpoints.first());
     let told = |range: IovaRange| planned.map_or_else(Default::default, |planned| told(planned, range));
 
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header([
-        "range",
-        "size",
-        "the host says",
-        "the guest is told",
-        "why",
-        "source",
-    ]);
-    let mut add = |range: IovaRange, says: String, source: &str| {
-        let (told, why) = told(range);
-        table.add_row([range.to_string(), human_size(range), says, told, why, source.to_owned()]);
-    };
+    let mut rows: Vec<(IovaRange, String, (String, String), &str)> = Vec::new();
     for region in facts.reserved_regions.iter().flatten() {
-        add(region.range, region.kind.to_string(), "sysfs reserved_regions");
+        rows.push((region.range, region.kind.to_string(), told(region.range), "sysfs reserved_regions"));
     }
     for range in facts.windows.iter().flat_map(RangeSet::ranges) {
-        add(*range, "host bridge window".to_owned(), "/proc/iomem");
+        rows.push((*range, "host bridge window".to_owned(), told(*range), "/proc/iomem"));
     }
     for range in facts.usable.iter().flat_map(RangeSet::ranges) {
-        add(*range, "usable".to_owned(), "iommufd");
+        rows.push((*range, "usable".to_owned(), ("usable".to_owned(), String::new()), "iommufd"));
+    }
+    rows.sort_by_key(|(range, ..)| *range);
+    let mut table = Table::new();
+    let header = ["range", "size", "the host says", "the guest is told", "why", "source"];
+    table.load_preset(presets::NOTHING).set_header(header);
+    for (range, says, (told, why), source) in rows {
+        table.add_row([range.to_string(), human_size(range), says, told, why, source.to_owned()]);
     }
     println!("{table}");
     if let Some(planned) = planned {
