@@ -152,7 +152,7 @@ fn what_cannot_be_served_is_said_before_there_is_a_socket() {
     for (options, code, text) in [
         (&[][..], 2, "an input range must be given"),
         (&[iommufd.as_str()][..], 2, "/dev/null is not /dev/iommu"),
-        (&["--iommufd-fd=999"][..], 3, "fd 999 is not open"),
+        (&["--iommufd-fd=999"][..], 2, "fd 999 is not open"),
         (&["--iommufd-fd=1"][..], 2, "standard input"),
         (&[endpoint.as_str()][..], 2, "--iommufd-fd"),
         (&["--endpoint=id=3"][..], 2, "`3` is not a PCI address"),

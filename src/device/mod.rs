@@ -47,20 +47,20 @@ pub use statistics::{Count, Statistics};
 pub struct Settings {
     /// The virtual addresses that can be mapped.
     pub input_range: IovaRange,
-    /// The smallest page, in bytes: a power of two up to 2 MiB.
+    /// The smallest page, in bytes: a power of two up to 2 MiB. The guest is also told of 2 MiB and 1 GiB.
     pub granule: u64,
-    /// The domain IDs that can be used, both ends included.
+    /// The domain IDs that can be used, both ends included; all by default.
     pub domain_range: RangeInclusive<u32>,
     /// How many bytes of properties PROBE answers with; room for 64 regions by default.
     pub probe_size: u32,
-    /// Whether endpoints that are in no domain reach guest memory as it is, until the driver says otherwise.
+    /// Whether endpoints that are in no domain reach guest memory as it is, until the driver says otherwise; so by default.
     pub boot_bypass: bool,
     /// Whether to offer `VIRTIO_F_ACCESS_PLATFORM`, for machines that translate or restrict the device's own
-    /// accesses to guest memory.
+    /// accesses to guest memory; not by default.
     pub access_platform: bool,
-    /// How many domains there may be.
+    /// How many domains there may be; 4096 by default.
     pub max_domains: usize,
-    /// How many mappings a domain may have.
+    /// How many mappings a domain may have; 2^20 by default.
     pub max_mappings: usize,
 }
 
@@ -153,7 +153,9 @@ pub struct VirtioIommu {
 impl VirtioIommu {
     /// A device with these endpoints, of which every one is in exactly one host group.
     ///
-    /// What the groups are attached to is left as it is until the driver or a reset asks for something else.
+    /// What the groups are attached to is left as it is until the driver or a reset asks for something else; without
+    /// `boot_bypass`, until memory or features are set. Memory comes first ([`set_memory`](Self::set_memory)): without any,
+    /// every MAP is answered with FAULT.
     ///
     /// # Errors
     ///
@@ -197,7 +199,8 @@ impl VirtioIommu {
         if self.settings.access_platform { offered | feature::ACCESS_PLATFORM } else { offered }
     }
 
-    /// Takes note of the features that the driver accepted. From here on a `bypass` of 0 is in force.
+    /// Takes note of the features that the driver accepted. If `bypass` is 0, endpoints in no domain are blocked from here on
+    /// at the latest.
     pub fn set_driver_features(&mut self, features: u64) {
         self.driver_features = features & self.features();
         self.settle_unattached_groups();

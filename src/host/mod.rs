@@ -21,8 +21,9 @@ pub mod fake;
 pub mod iommufd;
 pub mod software;
 
-/// One IOMMU group of the host: the smallest set of devices that the host can isolate, and so the unit that is
-/// attached. No method is called under a lock that a translating thread needs.
+/// One IOMMU group of the host: the smallest set of devices that the host can isolate, and so the unit that is attached.
+///
+/// The device calls it from its own methods, one call at a time. Calls may take as long as the host needs.
 pub trait HostGroup: fmt::Debug + Send + Sync {
     /// The endpoints whose devices are in the group.
     fn members(&self) -> &[EndpointId];
@@ -35,7 +36,8 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError>;
 
     /// Whether this group can be attached to a table that [`new_table`](Self::new_table) of another group made,
-    /// as far as can be said beforehand.
+    /// as far as can be said beforehand. To see whether a table is of one's own kind: `let any: &dyn Any = table;` and
+    /// `any.downcast_ref()`. It is never asked about the group's own table; a host whose tables cannot be shared says no.
     fn can_share(&self, table: &dyn IoPageTable) -> bool;
 
     /// Attaches the whole group to a table. What was attached before is replaced.
@@ -68,7 +70,9 @@ pub trait IoPageTable: Any + fmt::Debug + Send + Sync {
     /// The host refused; some mappings may be gone and some not.
     fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError>;
 
-    /// What can be mapped, for the groups that are attached now.
+    /// What can be mapped, for the groups that are attached now. Asked after each attach and compared with what the guest was
+    /// told: whatever of the input range no attached endpoint reports as reserved must be usable, and the granule must not be
+    /// larger than the device's. Otherwise the group is blocked and the guest's ATTACH answered with UNSUPP.
     ///
     /// # Errors
     ///

@@ -34,6 +34,9 @@ pub enum QemuError {
     /// There is no command.
     #[error("after `--`, give QEMU's command line")]
     Empty,
+    /// There are two places.
+    #[error("{PLACE} stands in it twice")]
+    PlaceTwice,
     /// How much memory the guest has is not said.
     #[error("give the guest's memory with -m SIZE: it must be shared with the daemon")]
     NoMemory,
@@ -70,6 +73,9 @@ pub fn memory(command: &[String]) -> Result<Option<Size>, QemuError> {
 pub fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
     if command.is_empty() {
         return Err(QemuError::Empty);
+    }
+    if command.iter().filter(|argument| *argument == PLACE).count() > 1 {
+        return Err(QemuError::PlaceTwice);
     }
     let mut added = shared_memory(command)?;
     added.extend(["-acpitable".to_owned(), format!("file={}", escape(&parts.viot))]);
@@ -210,6 +216,7 @@ mod tests {
     fn what_cannot_work_is_refused() {
         assert_eq!(make(""), Err(QemuError::Empty));
         assert_eq!(make("qemu"), Err(QemuError::NoMemory));
+        assert_eq!(make("qemu @IOMMU@ -m 1G @IOMMU@"), Err(QemuError::PlaceTwice));
         assert!(matches!(make("qemu -m lots"), Err(QemuError::Memory(_))));
         let private = "qemu -m 4G -M memory-backend=ram -object memory-backend-ram,id=ram,size=4G";
         assert_eq!(make(private), Err(QemuError::NotShared("ram".to_owned())));

@@ -67,8 +67,8 @@ impl fmt::Display for PciFunctions {
     }
 }
 
-/// The bytes of a table that puts these functions behind an IOMMU. To the IOMMU, a function is the endpoint that
-/// [`EndpointId`](crate::id::EndpointId) its address gives.
+/// The bytes of a table that puts these functions behind an IOMMU. Each is the endpoint whose
+/// [`EndpointId`](crate::id::EndpointId) is made from its address.
 ///
 /// # Errors
 ///

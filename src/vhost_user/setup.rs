@@ -60,6 +60,17 @@ pub enum SetupError {
         /// The device that was said.
         host: PciAddress,
     },
+    /// VFIO was told to do without an IOMMU.
+    #[error(
+        "endpoint {id}: the host device {host} is behind no IOMMU (vfio-noiommu): nothing would hold its DMA. Turn the host's \
+         IOMMU on"
+    )]
+    NoIommu {
+        /// The endpoint.
+        id: EndpointId,
+        /// The device.
+        host: PciAddress,
+    },
     /// There are facts, but not of this device.
     #[error("{} says nothing of the host device {host}: gather its facts too (viommuctl inspect {host} --facts-out)", .file.display())]
     NoFacts {
@@ -119,15 +130,16 @@ impl SetupError {
     /// Whether the arguments are at fault, rather than the host.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::UnknownWidth { .. }
+            Self::File(_)
+            | Self::UnknownWidth { .. }
             | Self::Facts(_)
             | Self::WrongFile(_)
             | Self::NoFacts { .. }
             | Self::Device(_)
             | Self::WrongDevice { .. } => true,
             Self::Plan(error) => matches!(error, PlanError::NoEndpoint),
-            Self::File(error) => !matches!(error, AdoptError::NotOpen { .. }),
             Self::Direct { .. }
+            | Self::NoIommu { .. }
             | Self::Sysfs(_)
             | Self::Untraceable { .. }
             | Self::StaleFacts { .. }
@@ -207,6 +219,9 @@ fn assign(
         return Err(SetupError::WrongDevice { id, cdev_fd: endpoint.cdev_fd, found, host });
     }
     let group = sysfs.group(found)?;
+    if sysfs.is_noiommu(group.number) {
+        return Err(SetupError::NoIommu { id, host: found });
+    }
     let facts = match facts.zip(arguments.facts.clone()) {
         None => sysfs.facts(found)?,
         Some((facts, file)) => {
