@@ -54,7 +54,19 @@ pub fn open_vfio(address: PciAddress) -> File {
 pub fn dma_faults() -> Vec<String> {
     let output = Command::new("dmesg").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.lines().filter(|line| line.contains("DMAR: [DMA")).map(ToOwned::to_owned).collect()
+    // As VT-d, AMD-Vi and virtio-iommu say it.
+    let is_fault = |line: &str| {
+        line.contains("DMAR: [DMA")
+            || line.contains("IO_PAGE_FAULT")
+            || line.contains("virtio_iommu") && line.contains("fault")
+    };
+    text.lines().filter(|line| is_fault(line)).map(ToOwned::to_owned).collect()
+}
+
+/// The group's reserved regions, as the host's kernel says them.
+pub fn reserved_regions(address: PciAddress) -> Vec<String> {
+    let path = Path::new("/sys/bus/pci/devices").join(address.to_string()).join("iommu_group/reserved_regions");
+    fs::read_to_string(path).unwrap().lines().map(ToOwned::to_owned).collect()
 }
 
 /// Runs something that causes a DMA fault at an address, and waits until the host's IOMMU has reported it: that is an
