@@ -45,6 +45,7 @@ fn assigned_disk() {
     let mut guest = Command::new("/bin/viommuctl")
         .args(["run", &device, "--guest", "00:03.0", "--directory", "/tmp/demo", "--", "/vmm/run"])
         .args(MACHINE)
+        .args(["-m", "256"])
         .args(DISPLAY)
         .args(KERNEL)
         .args(["-append", "console=ttyS0 quiet panic=-1"])

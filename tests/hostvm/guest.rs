@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtio_iommu::host::iommufd::Iommufd;
+use virtio_iommu::range::{IovaRange, RangeSet};
+use virtio_iommu::reserved::HostFacts;
+use virtio_iommu::reserved::bridge::{self, HostBridge};
+use virtio_iommu::reserved::facts::FactsFile;
 
 use crate::daemon::{Daemon, inheritable, must_exist};
 use crate::inspect::facts_of;
@@ -31,17 +35,25 @@ struct Guest {
 
 impl Guest {
     fn boot(name: &str, append: &str) -> Self {
+        Self::boot_with(name, 256, append, "--boot-bypass=on", |_| ())
+    }
+
+    /// Boots a guest with so many MiB of memory, an option of the daemon's, and facts that were changed.
+    fn boot_with(name: &str, memory: u32, append: &str, option: &str, change: impl FnOnce(&mut HostFacts)) -> Self {
         let nvme = find(NVME);
         bind_to_vfio(nvme);
         let facts = "/tmp/nvme-facts.json";
         facts_of(nvme, facts);
+        let mut file = FactsFile::read(facts.as_ref()).unwrap();
+        change(&mut file.devices[0].1);
+        file.write(facts.as_ref()).unwrap();
         let (iommufd_file, device_file) = (open("/dev/iommu"), open_vfio(nvme));
         let daemon = Daemon::start(
             name,
             &iommufd_file,
             &device_file,
             &format!("id=0000:00:03.0,host={nvme}"),
-            &["--facts", facts],
+            &["--facts", facts, option],
         );
         daemon.watch_exit();
         while !daemon.socket.exists() {
@@ -53,7 +65,7 @@ impl Guest {
         for file in [&iommufd_file, &device_file] {
             inheritable(file, true);
         }
-        let mut process = qemu(&daemon, &iommufd_file, &device_file, append).spawn().unwrap();
+        let mut process = qemu(&daemon, &iommufd_file, &device_file, memory, append).spawn().unwrap();
         for file in [&iommufd_file, &device_file] {
             inheritable(file, false);
         }
@@ -132,17 +144,18 @@ impl Drop for Guest {
 }
 
 /// The guest's machine.
-pub const MACHINE: [&str; 9] = ["-nodefaults", "-machine", "q35", "-m", "256", "-accel", "kvm", "-cpu", "host"];
+pub const MACHINE: [&str; 7] = ["-nodefaults", "-machine", "q35", "-accel", "kvm", "-cpu", "host"];
 /// Its console.
 pub const DISPLAY: [&str; 4] = ["-nographic", "-serial", "stdio", "-no-reboot"];
 /// Its kernel.
 pub const KERNEL: [&str; 4] = ["-kernel", "/guest/kernel", "-initrd", "/guest/initrd"];
 
-fn qemu(daemon: &Daemon, iommufd: &File, device: &File, append: &str) -> Command {
+fn qemu(daemon: &Daemon, iommufd: &File, device: &File, memory: u32, append: &str) -> Command {
     let mut command = Command::new(must_exist("/vmm/run"));
     command
         .args(MACHINE)
-        .args(["-machine", "memory-backend=ram", "-object", "memory-backend-memfd,id=ram,size=256M,share=on"])
+        .args(["-m", &memory.to_string(), "-machine", "memory-backend=ram"])
+        .args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")])
         .args(["-nographic", "-serial", "stdio"])
         .args(KERNEL)
         .args(["-append", &format!("console=ttyS0 quiet panic=-1 {append}")])
@@ -228,6 +241,50 @@ fn reads_its_assigned_disk_through_the_iommu() {
     assert!(guest.count("MAP") > 200 && guest.count("UNMAP") > 200);
     assert_eq!(guest.count("failed"), 0);
     assert_eq!(dma_faults(), Vec::<String>::new());
+}
+
+/// As QEMU's q35 machine has it below 2816 MiB: in one piece from 0 on, and so under the window at 2 GiB of a host that is a
+/// q35 machine too.
+const MEMORY_UNDER_A_WINDOW: u32 = 2560;
+
+/// Without it, a guest whose ATTACH is refused goes on without an IOMMU, through the VMM's own mapping of its memory.
+const NO_WAY_AROUND: &str = "--boot-bypass=off";
+
+/// The host's window that the guest's memory lies under.
+fn window() -> IovaRange {
+    let bridge = HostBridge { segment: 0, bus: 0 };
+    let windows = bridge::windows("/proc".as_ref(), bridge).unwrap().unwrap();
+    windows.overlapping(IovaRange::new(0x8000_0000, 0x9fff_ffff).unwrap()).expect("a window lies there")
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn large_memory_under_a_host_window_is_reached_in_bypass() {
+    window();
+    let mut guest = Guest::boot_with("large", MEMORY_UNDER_A_WINDOW, "iommu.passthrough=1", NO_WAY_AROUND, |_| ());
+    guest.wait_for_read();
+    guest.wait_for_end();
+    assert!(guest.seen.iter().any(|line| line.contains("type identity")), "the guest's devices are in bypass");
+    assert_eq!(guest.reserved_regions(), reserved_regions(find(NVME)));
+    guest.assert_nothing_is_left();
+    guest.daemon.assert_clean();
+    assert_eq!(guest.count("MAP"), 0);
+    assert_eq!(dma_faults(), Vec::<String>::new());
+}
+
+/// The negative control: what happens to the same guest if a host's windows are taken for what its devices cannot reach.
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn large_memory_is_lost_when_windows_are_reported() {
+    let window = window();
+    let report = |facts: &mut HostFacts| {
+        facts.usable = facts.usable.take().map(|usable| usable.subtract(&RangeSet::from(window)));
+    };
+    let mut guest = Guest::boot_with("lost", MEMORY_UNDER_A_WINDOW, "iommu.passthrough=1", NO_WAY_AROUND, report);
+    let line = guest.wait_for(" md5 ");
+    assert!(!line.ends_with(&image_md5()), "{line}");
+    guest.daemon.expect_log("guest memory at 0x80000000-0x9fffffff lies in a region reserved for the group");
+    guest.wait_for_end();
 }
 
 #[test]
