@@ -13,12 +13,12 @@ use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::{Host, Inspection, inspect};
-use virtio_iommu::launch::{Launch, Size, qemu};
+use virtio_iommu::launch::{Launch, Size, picture, qemu};
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::facts::FactsFile;
 use virtio_iommu::reserved::plan::{EndpointPlan, PlanError, Policy, plan};
 use virtio_iommu::reserved::sysfs::Sysfs;
-use virtio_iommu::reserved::{ReservedKind, report};
+use virtio_iommu::reserved::{HostFacts, ReservedKind, report};
 use virtio_iommu::topology::viot::{self, PciFunctions};
 use virtio_iommu::vhost_user::{GuestMsi, parse_guest_msi};
 
@@ -85,6 +85,9 @@ enum Command {
         /// Print JSON instead of tables.
         #[arg(long)]
         json: bool,
+        /// Also draw the first endpoint's address space to a file, as SVG.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
     },
     /// Shows what the host says of devices: their groups, reserved regions, usable addresses.
     ///
@@ -108,6 +111,12 @@ enum Command {
         /// The MSI doorbell of the guest's machine, or `none`.
         #[arg(long, value_name = "START-END|none", default_value = "fee00000-feefffff", value_parser = parse_guest_msi)]
         guest_msi: GuestMsi,
+        /// Guest memory, to see whether it lies where a device cannot reach it. Can be given several times.
+        #[arg(long, value_name = "START-END")]
+        guest_ram: Vec<IovaRange>,
+        /// Also draw the first device's address space to a file, as SVG.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
     },
     /// Writes the ACPI table that puts PCI functions of the guest behind its virtio-iommu.
     Viot {
@@ -133,10 +142,10 @@ fn main() -> ExitCode {
             let launch = make_launch(&devices, guest, iommu, daemon, directory, qemu);
             launch.and_then(|launch| run_launch(&launch, print))
         }
-        Command::Plan { facts, json } => run_plan(&facts, json),
-        Command::Inspect { devices, facts_out, json, sysfs, proc, guest_msi } => {
-            let policy = Policy { guest_msi: guest_msi.range(), ..Policy::default() };
-            run_inspect(&Host { sysfs, proc }, &devices, &policy, facts_out, json)
+        Command::Plan { facts, json, svg } => run_plan(&facts, json, svg),
+        Command::Inspect { devices, facts_out, json, sysfs, proc, guest_msi, guest_ram, svg } => {
+            let policy = Policy { guest_msi: guest_msi.range(), guest_ram, ..Policy::default() };
+            run_inspect(&Host { sysfs, proc }, &devices, &policy, facts_out, json, svg)
         }
         Command::Viot { iommu, endpoints, output } => run_viot(iommu, &endpoints, &output),
     };
@@ -211,12 +220,15 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     Err(Failure(error.exit_code(), error.into()))
 }
 
-fn run_plan(facts: &Path, json: bool) -> Result<(), Failure> {
+fn run_plan(facts: &Path, json: bool, svg: Option<PathBuf>) -> Result<(), Failure> {
     let file = FactsFile::read(facts).map_err(|error| Failure(2, error.into()))?;
     let plan = plan(&file.policy, &file.devices).map_err(|error| {
         let code = if matches!(error, PlanError::NothingUsable { .. }) { 3 } else { 2 };
         Failure(code, error.into())
     })?;
+    if let Some(path) = svg {
+        draw(&file.policy, &file.devices, &path)?;
+    }
     if json {
         print!("{}", report::to_json(&plan));
         return Ok(());
@@ -264,6 +276,7 @@ fn run_inspect(
     policy: &Policy,
     facts_out: Option<PathBuf>,
     json: bool,
+    svg: Option<PathBuf>,
 ) -> Result<(), Failure> {
     let mut file = FactsFile::default();
     for device in devices {
@@ -279,7 +292,20 @@ fn run_inspect(
     if let Some(path) = facts_out {
         file.write(&path).map_err(|error| Failure(1, error.into()))?;
     }
-    Ok(())
+    match svg {
+        Some(path) => draw(policy, &file.devices, &path),
+        None => Ok(()),
+    }
+}
+
+/// Draws the first of these devices.
+fn draw(policy: &Policy, devices: &[(EndpointId, HostFacts)], path: &Path) -> Result<(), Failure> {
+    let Some((id, facts)) = devices.first() else {
+        return Err(Failure(2, "there is no device to draw".into()));
+    };
+    let plan = plan(policy, &[(*id, facts.clone())]).map_err(|error| Failure(3, error.into()))?;
+    let picture = picture::draw(&id.to_string(), facts, &plan, &policy.guest_ram);
+    fs::write(path, picture).map_err(|error| Failure(1, format!("cannot write {}: {error}", path.display()).into()))
 }
 
 fn print_inspection(device: PciAddress, inspection: &Inspection, policy: &Policy) {

@@ -4,6 +4,7 @@
 
 pub mod check;
 pub mod inspect;
+pub mod picture;
 pub mod qemu;
 mod run;
 mod size;
