@@ -120,6 +120,13 @@ f0000000-f0ffffff : PCI Bus 0001:40
     }
 
     #[test]
+    fn a_file_that_cannot_be_read_is_not_taken_for_none() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("iomem")).unwrap();
+        assert!(matches!(windows(directory.path(), FIRST), Err(IomemError::Read { .. })));
+    }
+
+    #[test]
     fn a_bad_line_is_named() {
         for bad in ["fish", "1-2", "1 : System RAM", "x-2 : System RAM", "2-1 : PCI Bus 0000:00"] {
             let error = read(&format!("0-1 : Reserved\n{bad}\n"), FIRST).unwrap_err().to_string();
