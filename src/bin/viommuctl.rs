@@ -359,17 +359,21 @@ fn print_inspection(device: PciAddress, inspection: &Inspection, policy: &Policy
 
 /// What the guest is told of a range that the host shows, and why.
 fn told(planned: &EndpointPlan, range: IovaRange) -> (String, String) {
-    let reported = planned.view.reported().iter().find(|region| region.range.overlaps(range));
+    let reported = |kind| {
+        let mut regions = planned.view.reported().iter().filter(|region| region.kind == kind);
+        regions.any(|region| region.range.overlaps(range))
+    };
     let withheld = planned.withheld.iter().find(|withheld| withheld.range.overlaps(range));
-    match (reported, withheld) {
-        (Some(region), None) if region.kind == ReservedKind::Msi => {
-            ("msi".to_owned(), "the guest's doorbell".to_owned())
-        }
-        (Some(_), None) => ("reserved".to_owned(), "the host cannot map there".to_owned()),
-        (Some(_), Some(withheld)) => ("in part".to_owned(), report::reason_name(withheld.reason).to_owned()),
-        (None, Some(withheld)) => ("nothing".to_owned(), report::reason_name(withheld.reason).to_owned()),
-        (None, None) => ("usable".to_owned(), String::new()),
-    }
+    let (told, why) = match (reported(ReservedKind::Reserved), reported(ReservedKind::Msi)) {
+        (true, true) => ("reserved, msi in it", "the guest's doorbell is cut out"),
+        (true, false) => ("reserved", "the host cannot map there"),
+        (false, true) => ("msi", "the guest's doorbell"),
+        (false, false) => match withheld {
+            Some(withheld) => ("nothing", report::reason_name(withheld.reason)),
+            None => ("usable", ""),
+        },
+    };
+    (told.to_owned(), why.to_owned())
 }
 
 /// A size as people read it.
