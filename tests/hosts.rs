@@ -23,7 +23,8 @@ fn inspect(host: &Path, more: &[&str]) -> Output {
 /// Without the blanks at the ends of a table's lines.
 fn trimmed(text: &[u8]) -> String {
     let text = String::from_utf8(text.to_vec()).unwrap();
-    text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+    let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    lines.join("\n") + "\n"
 }
 
 #[test]
