@@ -154,9 +154,7 @@ fn a_ring_that_starts_from_zero_is_a_reset() {
     let mut bench = Bench::started();
     bench.send(&attach(1, ENDPOINT, 0));
     bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1));
-    bench.machine().stop_ring();
-    bench.machine().forget_ring();
-    bench.machine().start();
+    bench.machine().restart();
     assert_eq!(bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), NOENT, "the domain is gone");
     assert_eq!(bench.reads(0x5000), Some(0x5000));
     assert_eq!(bench.send(&attach(1, ENDPOINT, 1)), OK, "the features that were set again hold");
@@ -170,9 +168,7 @@ fn a_ring_that_starts_elsewhere_is_taken_for_a_reset() {
     let base = bench.machine().stop_ring();
     bench.machine().start_ring(base + 1);
     bench.machine().break_ring(base + 1);
-    bench.machine().stop_ring();
-    bench.machine().forget_ring();
-    bench.machine().start();
+    bench.machine().restart();
     assert_eq!(bench.send(&unmap(1, 0, 0x1000)), NOENT);
     bench.end();
 }
@@ -204,9 +200,7 @@ fn a_broken_ring_is_left_alone_until_it_is_set_up_again() {
     bench.send(&attach(1, ENDPOINT, 0));
     bench.machine().break_ring(1000);
     assert_eq!(bench.machine().try_send(&detach(1, ENDPOINT), 4), None);
-    bench.machine().stop_ring();
-    bench.machine().forget_ring();
-    bench.machine().start();
+    bench.machine().restart();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
     bench.end();
 }
@@ -216,9 +210,7 @@ fn a_ring_that_was_broken_before_a_stop_that_resets_is_served_after_it() {
     let mut bench = Bench::new(true, OnStop::Reset);
     bench.machine().start();
     bench.machine().break_ring(1000);
-    bench.machine().stop_ring();
-    bench.machine().forget_ring();
-    bench.machine().start();
+    bench.machine().restart();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
     bench.end();
 }

@@ -140,6 +140,13 @@ impl Machine {
         (self.available, self.used) = (0, 0);
     }
 
+    /// The driver stops its ring and starts anew.
+    pub fn restart(&mut self) {
+        self.stop_ring();
+        self.forget_ring();
+        self.start();
+    }
+
     /// Makes the available index a number of the driver's choosing, and lets the backend see it.
     pub fn break_ring(&mut self, index: u16) {
         self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
