@@ -3,7 +3,7 @@
 CARGO ?= cargo
 FEATURES = queue iommufd acpi test-utils
 
-.PHONY: all demo test check unit hostvm features
+.PHONY: all demo test check unit hostvm features fuzz
 
 all:
 	$(CARGO) build --release
@@ -36,3 +36,11 @@ unit:
 
 hostvm:
 	@sh tests/hostvm/run
+
+TARGET ?= requests
+SECONDS ?= 60
+
+# One fuzz target; needs a nightly compiler and cargo-fuzz.
+fuzz:
+	@$(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(SECONDS)
+	@echo "fuzz: OK"
