@@ -73,7 +73,8 @@
 //! What this does not cover: a process that is killed leaves its mappings in force as long as somebody else holds the
 //! iommufd. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
 //! a guest has no interrupt remapping behind this device: an assigned device can send interrupts that its driver did not
-//! set up.
+//! set up. A vhost-user frontend whose notification file blocks at the moment it is passed can hold up the connection's thread:
+//! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 

@@ -117,6 +117,9 @@ fn a_frontend_whose_files_block_does_not_keep_the_daemon() {
         let full = EventFd::new(0).unwrap();
         full.write(u64::MAX - 1).unwrap();
         machine.frontend.set_vring_call(0, &full).unwrap();
+        // Answered after that. A notification that blocks while the library still takes the file holds a lock that the
+        // connection's thread waits for; then only a signal ends the daemon.
+        machine.config();
         assert_eq!(machine.send(&attach(1, 8, 0)), 6);
         match signal {
             None => drop(machine),

@@ -100,9 +100,9 @@ impl Machine {
         match operation {
             Operation::Raw { bytes, writable } => self.send(&bytes, usize::from(writable)),
             Operation::Attach { domain, endpoint, flags } => {
-                self.send(&fields(1, &[domain.into(), endpoint.into(), flags.into(), 0]), 4);
+                self.send(&fields(1, &[few(domain), near(endpoint), flags.into(), 0]), 4);
             }
-            Operation::Detach { domain, endpoint } => self.send(&fields(2, &[domain.into(), endpoint.into(), 0, 0]), 4),
+            Operation::Detach { domain, endpoint } => self.send(&fields(2, &[few(domain), near(endpoint), 0, 0]), 4),
             Operation::Map { domain, page, pages, to, flags } => {
                 let mut bytes = range(3, domain, page, pages);
                 bytes.extend((u64::from(to) * PAGE).to_le_bytes());
@@ -115,7 +115,7 @@ impl Machine {
                 self.send(&bytes, 4);
             }
             Operation::Probe { endpoint, writable } => {
-                let mut bytes = fields(5, &[endpoint.into()]);
+                let mut bytes = fields(5, &[near(endpoint)]);
                 bytes.resize(72, 0);
                 self.send(&bytes, usize::from(writable));
             }
@@ -247,6 +247,16 @@ impl Machine {
     }
 }
 
+/// One of a few domains, so that operations meet.
+fn few(domain: u8) -> u32 {
+    u32::from(domain % 3)
+}
+
+/// An endpoint of the device, or one next to them.
+fn near(endpoint: u8) -> u32 {
+    u32::from(7 + endpoint % 4)
+}
+
 fn fields(kind: u8, fields: &[u32]) -> Vec<u8> {
     let mut bytes = vec![kind, 0, 0, 0];
     bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
@@ -255,7 +265,7 @@ fn fields(kind: u8, fields: &[u32]) -> Vec<u8> {
 
 fn range(kind: u8, domain: u8, page: u8, pages: u8) -> Vec<u8> {
     let start = u64::from(page) * PAGE;
-    let mut bytes = fields(kind, &[domain.into()]);
+    let mut bytes = fields(kind, &[few(domain)]);
     bytes.extend(start.to_le_bytes());
     bytes.extend((start + u64::from(pages) * PAGE).wrapping_sub(1).to_le_bytes());
     bytes
