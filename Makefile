@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 CARGO ?= cargo
-FEATURES = queue iommufd acpi test-utils
+FEATURES = queue iommufd type1 acpi test-utils
 
 .PHONY: all demo test check unit hostvm features fuzz
 

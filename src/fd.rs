@@ -21,6 +21,10 @@ pub enum FileKind {
     Iommufd,
     /// `/dev/vfio/devices/vfioN`
     VfioDevice,
+    /// `/dev/vfio/vfio`
+    VfioContainer,
+    /// `/dev/vfio/N`
+    VfioGroup,
 }
 
 impl FileKind {
@@ -38,6 +42,8 @@ impl FileKind {
         match self {
             Self::Iommufd => node == "iommu",
             Self::VfioDevice => node.starts_with("vfio/devices/"),
+            Self::VfioContainer => node == "vfio/vfio",
+            Self::VfioGroup => node.strip_prefix("vfio/").is_some_and(|number| number.parse::<u32>().is_ok()),
         }
     }
 }
@@ -47,6 +53,8 @@ impl fmt::Display for FileKind {
         f.write_str(match self {
             Self::Iommufd => "/dev/iommu",
             Self::VfioDevice => "/dev/vfio/devices/vfioN",
+            Self::VfioContainer => "/dev/vfio/vfio",
+            Self::VfioGroup => "/dev/vfio/N",
         })
     }
 }

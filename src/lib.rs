@@ -54,9 +54,9 @@
 //! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | |
 //! | [`range`], [`id`], [`access`], [`causes`] | ranges of addresses, names of things, permissions, errors as text | |
 //! | [`reserved`] | what a guest must not map, and why | |
-//! | [`host`] | the host's page tables: the seam, none at all, iommufd, and a model for tests | `iommufd`, `test-utils` |
+//! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, and a model for tests | `iommufd`, `type1`, `test-utils` |
 //! | [`memory`] | guest memory as the host needs it | |
-//! | [`fd`] | files passed in | `iommufd` |
+//! | [`fd`] | files passed in | `iommufd`, `type1` |
 //! | [`queue`] | virtqueues | `queue` |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi` |
 //! | [`vhost_user`] | the daemon | `daemon` |
@@ -81,7 +81,7 @@
 pub mod access;
 pub mod causes;
 pub mod device;
-#[cfg(feature = "iommufd")]
+#[cfg(any(feature = "iommufd", feature = "type1"))]
 pub mod fd;
 pub mod host;
 pub mod id;

@@ -20,6 +20,8 @@ pub mod fake;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
 pub mod software;
+#[cfg(feature = "type1")]
+pub mod type1;
 
 /// One IOMMU group of the host: the smallest set of devices that the host can isolate, and so the unit that is attached.
 ///

@@ -12,10 +12,11 @@ use std::process::Command;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use super::inspect::{Host, inspect};
+use super::inspect::inspect;
 use super::size::Size;
 use crate::causes::with_causes;
 use crate::id::PciAddress;
+use crate::reserved::gather::Host;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 use crate::reserved::{HostFacts, HostRegion, HostRegionKind};
 

@@ -4,17 +4,22 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::fd::WrongFile;
 use crate::host::HostError;
 use crate::host::iommufd::{Iommufd, VfioDevice};
+use crate::host::type1::{Container, VfioGroup};
 use crate::id::PciAddress;
 use crate::range::RangeSet;
-use crate::reserved::HostFacts;
-use crate::reserved::bridge::{self, IomemError};
-use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
+use crate::reserved::gather::{GatherError, Host};
+use crate::reserved::sysfs::{IommuGroup, Sysfs};
+use crate::reserved::{Fact, HostFacts, Source};
+
+const IOMMUFD: &str = "/dev/iommu";
+const VFIO: &str = "/dev/vfio";
 
 /// What was found of a device.
 #[derive(Debug)]
@@ -33,9 +38,12 @@ pub enum UsableError {
     /// The host is a copy of another one.
     #[error("the device is on another machine")]
     Elsewhere,
-    /// The device has no VFIO device file.
-    #[error("it is not bound to vfio-pci, or the kernel has no VFIO device files (CONFIG_VFIO_DEVICE_CDEV)")]
-    NoVfioDevice,
+    /// The device has no VFIO file.
+    #[error("it is not bound to vfio-pci")]
+    NotBound,
+    /// The kernel is older than the question.
+    #[error("the kernel does not tell (before Linux 5.4)")]
+    NotTold,
     /// A file cannot be opened.
     #[error("cannot open {}", .path.display())]
     Open {
@@ -52,67 +60,18 @@ pub enum UsableError {
     Host(#[from] HostError),
 }
 
-/// Where a host is looked at: its own file systems, or copies of them.
-#[derive(Clone, Debug)]
-pub struct Host {
-    /// sysfs
-    pub sysfs: PathBuf,
-    /// proc
-    pub proc: PathBuf,
-}
-
-impl Default for Host {
-    fn default() -> Self {
-        Self { sysfs: "/sys".into(), proc: "/proc".into() }
-    }
-}
-
-impl Host {
-    /// Whether this is the machine that we are on, with devices that can be opened.
-    fn is_here(&self) -> bool {
-        self.sysfs == Path::new("/sys")
-    }
-
-    /// The kernel's release.
-    fn kernel(&self) -> Option<String> {
-        let release = std::fs::read_to_string(self.proc.join("sys/kernel/osrelease")).ok()?;
-        Some(release.trim().to_owned())
-    }
-}
-
-/// A host that does not tell what it should.
-#[derive(Debug, thiserror::Error)]
-pub enum InspectError {
-    /// sysfs
-    #[error(transparent)]
-    Sysfs(#[from] SysfsError),
-    /// proc
-    #[error(transparent)]
-    Iomem(#[from] IomemError),
-}
-
 /// Gathers what the host shows of a device's group. A device that is bound to VFIO and idle is attached to an empty
 /// address space of its own for a moment, to see which addresses can be used.
 ///
 /// # Errors
 ///
-/// [`InspectError`]
-pub fn inspect(host: &Host, address: PciAddress) -> Result<Inspection, InspectError> {
-    let sysfs = Sysfs::new(&host.sysfs);
-    let group = sysfs.group(address)?;
-    let mut facts = sysfs.facts(address)?;
-    facts.kernel = host.kernel();
-    if let Some(bridge) = sysfs.host_bridge(address)? {
-        facts.windows = bridge::windows(&host.proc, bridge)?;
-    }
-    let found = match sysfs.vfio_node(address)? {
-        _ if !host.is_here() => Err(UsableError::Elsewhere),
-        None => Err(UsableError::NoVfioDevice),
-        Some(node) => usable(&Path::new("/dev/vfio/devices").join(node), address),
-    };
-    let usable_unknown = match found {
-        Ok(usable) => {
+/// [`GatherError`]
+pub fn inspect(host: &Host, address: PciAddress) -> Result<Inspection, GatherError> {
+    let (group, mut facts) = host.facts(address)?;
+    let usable_unknown = match usable(host, address, group.number) {
+        Ok((usable, source)) => {
             facts.usable = Some(usable);
+            facts.sources.insert(Fact::Usable, source);
             None
         }
         Err(error) => Some(error),
@@ -120,14 +79,47 @@ pub fn inspect(host: &Host, address: PciAddress) -> Result<Inspection, InspectEr
     Ok(Inspection { group, facts, usable_unknown })
 }
 
-/// The addresses that a device can use, from an address space made for that question.
-fn usable(node: &Path, address: PciAddress) -> Result<RangeSet, UsableError> {
-    let open = |path: &Path| {
-        let file = File::options().read(true).write(true).open(path);
-        file.map_err(|source| UsableError::Open { path: path.to_owned(), source })
-    };
-    let iommufd = Arc::new(Iommufd::new(open(Path::new("/dev/iommu"))?.into())?);
-    let device = VfioDevice::new(open(node)?.into(), address.to_string())?;
+/// The addresses that a group can use, by whichever interface this host has.
+fn usable(host: &Host, address: PciAddress, group: u32) -> Result<(RangeSet, Source), UsableError> {
+    if !host.is_here() {
+        return Err(UsableError::Elsewhere);
+    }
+    let sysfs = Sysfs::new(&host.sysfs);
+    if let Some(node) = sysfs.vfio_node(address).unwrap_or_default().filter(|_| Path::new(IOMMUFD).exists()) {
+        return Ok((usable_by_iommufd(address, &Path::new(VFIO).join("devices").join(node))?, Source::Iommufd));
+    }
+    if !sysfs.is_noiommu(group) && Path::new(VFIO).join(group.to_string()).exists() {
+        return Ok((usable_by_type1(group)?, Source::VfioType1));
+    }
+    Err(UsableError::NotBound)
+}
+
+/// The addresses that a device can use, from an address space of iommufd made for that question.
+///
+/// # Errors
+///
+/// [`UsableError`]
+pub fn usable_by_iommufd(address: PciAddress, node: &Path) -> Result<RangeSet, UsableError> {
+    let iommufd = Arc::new(Iommufd::new(open(Path::new(IOMMUFD))?)?);
+    let device = VfioDevice::new(open(node)?, address.to_string())?;
     device.bind(&iommufd)?;
     Ok(device.constraints(&iommufd)?.usable)
+}
+
+/// The addresses that a group can use, from a container of VFIO type1 made for that question.
+///
+/// # Errors
+///
+/// [`UsableError`]
+pub fn usable_by_type1(group: u32) -> Result<RangeSet, UsableError> {
+    let container = Container::new(open(&Path::new(VFIO).join("vfio"))?)?;
+    let group = VfioGroup::new(open(&Path::new(VFIO).join(group.to_string()))?)?;
+    group.join(&container)?;
+    container.set_iommu()?;
+    container.info()?.usable.ok_or(UsableError::NotTold)
+}
+
+fn open(path: &Path) -> Result<OwnedFd, UsableError> {
+    let file = File::options().read(true).write(true).open(path);
+    file.map(Into::into).map_err(|source| UsableError::Open { path: path.to_owned(), source })
 }

@@ -7,6 +7,7 @@ pub mod inspect;
 pub mod picture;
 pub mod qemu;
 mod run;
+pub mod show;
 mod size;
 
 pub use run::{Launch, LaunchError};

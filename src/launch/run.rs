@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-use super::inspect::{Host, InspectError, inspect};
+use super::inspect::inspect;
 use super::qemu::{self, Parts, QemuError, quote};
 use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::{FactsError, FactsFile};
+use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::sysfs::{Sysfs, SysfsError};
 use crate::topology::viot::{self, PciFunctions, ViotError};
 
@@ -35,6 +36,8 @@ pub struct Launch {
     pub iommu: PciAddress,
     /// The daemon's program.
     pub daemon: PathBuf,
+    /// Further options of the daemon.
+    pub daemon_options: Vec<String>,
     /// Where files and the socket are put.
     pub directory: PathBuf,
     /// QEMU's command line.
@@ -55,7 +58,7 @@ pub enum LaunchError {
     Sysfs(#[from] SysfsError),
     /// The host does not tell.
     #[error(transparent)]
-    Inspect(#[from] InspectError),
+    Inspect(#[from] GatherError),
     /// A device's facts are not known.
     #[error("{device}: {reason}")]
     NoFacts {
@@ -117,6 +120,7 @@ impl Launch {
         for ((host, guest), fd) in self.devices.iter().zip(devices) {
             daemon.push(format!("--endpoint=id={guest},cdev-fd={fd},host={host}"));
         }
+        daemon.extend(self.daemon_options.iter().cloned());
         let parts = Parts {
             socket: self.path("iommu.sock"),
             viot: self.path("viot.bin"),
@@ -277,12 +281,13 @@ mod tests {
             devices: vec![("01:00.0".parse().unwrap(), "00:03.0".parse().unwrap())],
             iommu: "00:01.0".parse().unwrap(),
             daemon: "/bin/vhost-device-iommu".into(),
+            daemon_options: vec!["--relaxable=report".to_owned()],
             directory: "/run/vm".into(),
             qemu: ["qemu", "-m", "1G"].map(ToOwned::to_owned).to_vec(),
         };
         let Commands { daemon, qemu } = launch.commands(20, &[21]).unwrap();
         let expected = "/bin/vhost-device-iommu --socket-path /run/vm/iommu.sock --facts /run/vm/facts.json --iommufd-fd=20 \
-                        --endpoint=id=0000:00:03.0,cdev-fd=21,host=0000:01:00.0";
+                        --endpoint=id=0000:00:03.0,cdev-fd=21,host=0000:01:00.0 --relaxable=report";
         assert_eq!(daemon.join(" "), expected);
         let qemu = qemu.join(" ");
         assert!(qemu.contains("path=/run/vm/iommu.sock") && qemu.contains("file=/run/vm/viot.bin"));

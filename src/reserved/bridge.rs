@@ -3,13 +3,13 @@
 //! Host bridge windows: evidence about what a region of a group may really be, and never reported for their own sake.
 //!
 //! `/proc/iomem` is where Linux shows them on machines with ACPI: the lines `PCI Bus SSSS:BB` at the top level, in addresses
-//! of the CPU, which are those of the bus there. Who may not know the addresses sees zeroes.
+//! of the CPU. Who may not know the addresses sees zeroes.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::range::{IovaRange, RangeSet, parse_address};
+use crate::range::{IovaRange, parse_address};
 
 /// A host bridge: segment and number of its root bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,6 +18,31 @@ pub struct HostBridge {
     pub segment: u16,
     /// The number of the bus behind it.
     pub bus: u8,
+}
+
+/// A memory window of a host bridge. Where a bridge translates, it is at different addresses on its two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BridgeWindow {
+    /// Where it is on the bus behind the bridge: where devices see it.
+    pub bus: IovaRange,
+    /// Where the CPU sees it; `None` if that is not known.
+    pub cpu: Option<IovaRange>,
+}
+
+impl BridgeWindow {
+    /// A window that the CPU sees at `cpu`, behind a bridge that shows `known.0` of the CPU at `known.1` of the bus.
+    /// `None` if that passes an end of the address space.
+    pub fn behind(cpu: IovaRange, known: (IovaRange, IovaRange)) -> Option<Self> {
+        let offset = known.0.start().wrapping_sub(known.1.start());
+        let bus = IovaRange::new(cpu.start().wrapping_sub(offset), cpu.last().wrapping_sub(offset))?;
+        Some(Self { bus, cpu: Some(cpu) })
+    }
+
+    /// Where something is on the bus that the CPU sees in this window.
+    pub fn on_bus(&self, cpu: IovaRange) -> Option<IovaRange> {
+        let own = self.cpu.filter(|own| own.covers(cpu))?;
+        Self::behind(cpu, (own, self.bus)).map(|window| window.bus)
+    }
 }
 
 /// `/proc/iomem` that cannot be read.
@@ -43,14 +68,14 @@ pub enum IomemError {
     },
 }
 
-/// The memory windows of a host bridge, merged where they touch; `None` if they are not shown, or not to this user.
+/// The memory windows of a host bridge, as the CPU sees them; `None` if they are not shown, or not to this user.
 ///
 /// `proc` is the directory of a proc file system, or a copy.
 ///
 /// # Errors
 ///
 /// [`IomemError`]
-pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<RangeSet>, IomemError> {
+pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>, IomemError> {
     let path = proc.join("iomem");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -58,7 +83,7 @@ pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<RangeSet>, Iome
         Err(source) => return Err(IomemError::Read { path, source }),
     };
     let name = format!("PCI Bus {:04x}:{:02x}", bridge.segment, bridge.bus);
-    let mut windows = RangeSet::new();
+    let mut windows = Vec::new();
     for (index, line) in text.lines().enumerate() {
         // What is indented lies in what stands above it: the window of a bridge further down.
         if line.starts_with(' ') {
@@ -76,7 +101,7 @@ pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<RangeSet>, Iome
         if last == 0 {
             return Ok(None);
         }
-        windows.insert(IovaRange::new(start, last).ok_or_else(bad)?);
+        windows.push(IovaRange::new(start, last).ok_or_else(bad)?);
     }
     Ok((!windows.is_empty()).then_some(windows))
 }
@@ -99,17 +124,31 @@ f0000000-f0ffffff : PCI Bus 0001:40
     fn read(text: &str, bridge: HostBridge) -> Result<Option<String>, IomemError> {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("iomem"), text).unwrap();
-        windows(directory.path(), bridge).map(|windows| windows.map(|windows| windows.to_string()))
+        windows(directory.path(), bridge).map(|windows| windows.map(|windows| format!("{windows:?}")))
     }
 
     const FIRST: HostBridge = HostBridge { segment: 0, bus: 0 };
 
     #[test]
     fn only_the_bridges_own_top_level_windows_count() {
-        assert_eq!(read(IOMEM, FIRST).unwrap().as_deref(), Some("0xa0000-0xbffff, 0x80000000-0xdfffffff"));
+        assert_eq!(
+            read(IOMEM, FIRST).unwrap().as_deref(),
+            Some("[0xa0000-0xbffff, 0x80000000-0x8fffffff, 0x90000000-0xdfffffff]")
+        );
         let other = HostBridge { segment: 1, bus: 0x40 };
-        assert_eq!(read(IOMEM, other).unwrap().as_deref(), Some("0xf0000000-0xf0ffffff"));
+        assert_eq!(read(IOMEM, other).unwrap().as_deref(), Some("[0xf0000000-0xf0ffffff]"));
         assert_eq!(read(IOMEM, HostBridge { segment: 0, bus: 1 }).unwrap(), None);
+    }
+
+    #[test]
+    fn a_bridge_may_show_the_bus_elsewhere() {
+        let range = |text: &str| text.parse::<IovaRange>().unwrap();
+        let bar = (range("5000000000-5000000fff"), range("40000000-40000fff"));
+        let window = BridgeWindow::behind(range("5000000000-503fffffff"), bar).unwrap();
+        assert_eq!(window.bus, range("40000000-7fffffff"));
+        assert_eq!(window.on_bus(range("5001000000-5001000fff")), Some(range("41000000-41000fff")));
+        assert_eq!(window.on_bus(range("503ffff000-5040000fff")), None, "it reaches out");
+        assert_eq!(BridgeWindow::behind(range("0-5000000fff"), bar), None, "it would begin below zero");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 //! Facts as JSON: what `viommuctl inspect` writes, and what `viommuctl plan` and the daemon read.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::io::{self, Read};
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Inbound, PeerToPeer, Policy, Relaxable};
-use super::{Driver, HostFacts, HostRegion};
+use super::{Driver, Fact, HostFacts, HostRegion, Source};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet, parse_address};
 
@@ -129,54 +130,26 @@ struct Document {
 #[serde(deny_unknown_fields, default)]
 #[derive(Default)]
 struct Choices {
-    relaxable: Option<RelaxableName>,
-    inbound: Option<InboundName>,
-    p2p: Option<PeerToPeerName>,
+    relaxable: Option<Relaxable>,
+    inbound: Option<Inbound>,
+    p2p: Option<PeerToPeer>,
     max_address_width: Option<u8>,
     guest_msi: Option<Pair>,
     input_range: Option<Pair>,
+    probe_size: Option<u32>,
     guest_ram: Option<Vec<Pair>>,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RelaxableName {
-    Ignore,
-    Report,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum InboundName {
-    Report,
-    Withhold,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum PeerToPeerName {
-    Warn,
-    CarveBars,
 }
 
 impl From<Choices> for Policy {
     fn from(choices: Choices) -> Self {
         Self {
-            relaxable: match choices.relaxable {
-                Some(RelaxableName::Report) => Relaxable::Report,
-                Some(RelaxableName::Ignore) | None => Relaxable::Ignore,
-            },
-            inbound: match choices.inbound {
-                Some(InboundName::Withhold) => Inbound::Withhold,
-                Some(InboundName::Report) | None => Inbound::Report,
-            },
-            peer_to_peer: match choices.p2p {
-                Some(PeerToPeerName::CarveBars) => PeerToPeer::CarveBars,
-                Some(PeerToPeerName::Warn) | None => PeerToPeer::Warn,
-            },
+            relaxable: choices.relaxable.unwrap_or_default(),
+            inbound: choices.inbound.unwrap_or_default(),
+            peer_to_peer: choices.p2p.unwrap_or_default(),
             max_address_width: choices.max_address_width,
             guest_msi: choices.guest_msi.map(|range| range.0),
             input_range: choices.input_range.map(|range| range.0),
+            probe_size: choices.probe_size,
             guest_ram: choices.guest_ram.into_iter().flatten().map(|range| range.0).collect(),
         }
     }
@@ -192,7 +165,7 @@ struct Device {
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[derive(Default)]
-struct Facts {
+pub(super) struct Facts {
     kernel: Option<String>,
     driver: Option<Text<Driver>>,
     reserved_regions: Option<Vec<Text<HostRegion>>>,
@@ -202,6 +175,8 @@ struct Facts {
     bars: Option<Vec<Pair>>,
     inbound: Option<Vec<Pair>>,
     acs_isolated: Option<bool>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    sources: BTreeMap<Text<Fact>, Text<Source>>,
 }
 
 fn set(ranges: Option<Vec<Pair>>) -> Option<RangeSet> {
@@ -226,6 +201,7 @@ impl From<Facts> for HostFacts {
             bars: facts.bars.map(|bars| bars.into_iter().map(|range| range.0).collect()),
             inbound: set(facts.inbound),
             acs_isolated: facts.acs_isolated,
+            sources: facts.sources.into_iter().map(|(fact, source)| (fact.0, source.0)).collect(),
         }
     }
 }
@@ -242,6 +218,7 @@ impl From<&HostFacts> for Facts {
             bars: facts.bars.as_ref().map(|bars| bars.iter().copied().map(Pair).collect()),
             inbound: pairs(facts.inbound.as_ref()),
             acs_isolated: facts.acs_isolated,
+            sources: facts.sources.iter().map(|(fact, source)| (Text(*fact), Text(*source))).collect(),
         }
     }
 }
@@ -253,7 +230,7 @@ impl From<&HostFacts> for Facts {
     into = "String",
     bound = "T: Clone + std::fmt::Display + std::str::FromStr, T::Err: std::error::Error"
 )]
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Text<T>(T);
 
 impl<T> TryFrom<String> for Text<T>
@@ -308,7 +285,8 @@ mod tests {
           "reserved_regions": ["0x00000000fee00000 0x00000000feefffff msi"],
           "usable": [["0x0", "0xfedfffff"], ["0xfef00000", "0xffffffffffff"]],
           "aperture": null, "windows": [["0x80000000", "0xdfffffff"]], "bars": [],
-          "inbound": null, "acs_isolated": null } } ] }"#;
+          "inbound": null, "acs_isolated": null,
+          "sources": { "windows": "proc-iomem", "usable": "iommufd" } } } ] }"#;
 
     #[test]
     fn facts_survive_a_round_trip() {
@@ -316,6 +294,7 @@ mod tests {
         let facts = file.get(EndpointId(0x18)).unwrap();
         assert_eq!(facts.usable.as_ref().unwrap().to_string(), "0x0-0xfedfffff, 0xfef00000-0xffffffffffff");
         assert_eq!(facts.reserved_regions.as_ref().unwrap().len(), 1);
+        assert_eq!(facts.sources, [(Fact::Usable, Source::Iommufd), (Fact::Windows, Source::ProcIomem)].into());
         assert_eq!(file.policy, Policy::default());
         assert_eq!(FactsFile::from_json(&file.to_json()).unwrap(), file);
     }
@@ -328,6 +307,7 @@ mod tests {
             ("feefffff msi", "feefffff", "is not `START END TYPE`"),
             ("0000:00:03.0", "03", "`03` is not a PCI address"),
             ("intel-vtd", "intel", "`intel` is not the name of an IOMMU driver"),
+            ("proc-iomem", "rumour", "`rumour` is not the name of a source of facts"),
             ("\"ignore\"", "\"sometimes\"", "unknown variant `sometimes`"),
             ("[\"0x0\", \"0xfedfffff\"]", "[\"0x2\", \"0x1\"]", "ends before it starts"),
         ] {

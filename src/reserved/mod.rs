@@ -8,23 +8,39 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use crate::range::{IovaRange, ParseRangeError, RangeSet, parse_address};
 
+#[cfg(feature = "daemon")]
+pub mod arguments;
+#[cfg(feature = "iommufd")]
+mod bars;
 #[cfg(feature = "iommufd")]
 pub mod bridge;
+#[cfg(feature = "iommufd")]
+pub mod device_tree;
 #[cfg(feature = "daemon")]
 pub mod facts;
+#[cfg(feature = "iommufd")]
+pub mod gather;
+#[cfg(feature = "iommufd")]
+mod iommu;
 pub mod plan;
 mod policy;
 #[cfg(feature = "daemon")]
 pub mod report;
+mod source;
 #[cfg(feature = "iommufd")]
 pub mod sysfs;
+mod widen;
+mod withheld;
 
 pub use policy::WithheldReason;
+pub use source::{Fact, ParseSourceError, Source};
+pub use withheld::{Evidence, Withheld};
 
 /// What a reserved region is to the guest (5.13.6.8.1, `VIRTIO_IOMMU_RESV_MEM_T_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -264,6 +280,8 @@ pub struct HostFacts {
     pub inbound: Option<RangeSet>,
     /// Whether the bridges in front of the group keep its devices from reaching each other; `None` if not known.
     pub acs_isolated: Option<bool>,
+    /// Where the facts came from, as far as that is known.
+    pub sources: BTreeMap<Fact, Source>,
 }
 
 impl HostFacts {
@@ -271,6 +289,13 @@ impl HostFacts {
     pub fn kernel_version(&self) -> Option<(u32, u32)> {
         let mut numbers = self.kernel.as_ref()?.split(|character: char| !character.is_ascii_digit());
         Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    }
+
+    /// What an operator should know of a group whose devices are not kept apart.
+    pub fn peer_to_peer_warning(&self) -> Option<&'static str> {
+        let warning = "devices of this group can reach each other's BARs: where a guest maps the address of such a BAR, DMA goes \
+                       to the BAR. --p2p carve-bars keeps the guest off";
+        (self.acs_isolated == Some(false)).then_some(warning)
     }
 }
 

@@ -5,9 +5,12 @@
 use std::fmt;
 
 use super::policy::{Verdict, WithheldReason, classify};
+use super::widen::widen;
+use super::withheld::{Withheld, withheld};
 use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind, ReservedKind, ReservedRegion, ViewError};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet};
+use crate::spec;
 
 /// Where x86 decodes message-signalled interrupts, in hardware: the doorbell that x86 guests expect.
 pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
@@ -29,8 +32,12 @@ pub struct Policy {
     pub peer_to_peer: PeerToPeer,
     /// How many bits of address the guest is offered at most.
     pub max_address_width: Option<u8>,
-    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow.
+    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow. A device that has been
+    /// set up keeps what it has: an endpoint that is added later is planned for with its input range and probe size.
     pub input_range: Option<IovaRange>,
+    /// How many bytes of properties a PROBE may be answered with; `None` for as many as needed. Where they are too few,
+    /// reserved regions are widened until they fit, never over guest memory.
+    pub probe_size: Option<u32>,
     /// The MSI doorbell of the guest's machine; `None` if it has none at a fixed address.
     pub guest_msi: Option<IovaRange>,
     /// The guest's memory, as far as it is known.
@@ -39,6 +46,7 @@ pub struct Policy {
 
 /// Regions that must be mapped to themselves only while firmware uses them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub enum Relaxable {
     /// They are the guest's to map.
     #[default]
@@ -49,6 +57,7 @@ pub enum Relaxable {
 
 /// Addresses at which devices cannot reach memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub enum Inbound {
     /// The guest is told.
     #[default]
@@ -59,11 +68,12 @@ pub enum Inbound {
 
 /// BARs of devices that the host does not isolate from each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum, serde::Deserialize), serde(rename_all = "kebab-case"))]
 pub enum PeerToPeer {
     /// The operator is told.
     #[default]
     Warn,
-    /// The guest is told to keep off.
+    /// The guest is told that the BARs' addresses are reserved.
     CarveBars,
 }
 
@@ -91,15 +101,6 @@ pub struct EndpointPlan {
     pub direct: Option<IovaRange>,
     /// Guest memory that lies in reported regions, the doorbell apart: with any, the endpoint cannot be in bypass.
     pub bypass_refused: RangeSet,
-}
-
-/// A range that is not reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Withheld {
-    /// The addresses.
-    pub range: IovaRange,
-    /// Why.
-    pub reason: WithheldReason,
 }
 
 /// Something that the operator should know.
@@ -163,6 +164,18 @@ pub enum PlanError {
     /// There is no endpoint to take an input range from.
     #[error("without an endpoint, an input range must be given: give endpoints, or an input range")]
     NoEndpoint,
+    /// There is no room for its regions, and they cannot be widened.
+    #[error(
+        "endpoint {endpoint}: its {regions} reserved regions do not fit {probe_size} bytes of properties, and guest memory lies between them"
+    )]
+    ProbeSize {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// How many regions it has.
+        regions: usize,
+        /// How many bytes there are.
+        probe_size: u32,
+    },
     /// The regions cannot be reported together.
     #[error("endpoint {endpoint}")]
     View {
@@ -294,6 +307,11 @@ fn plan_endpoint(
     if let Some(msi) = msi {
         reserved = reserved.subtract(&RangeSet::from(msi));
     }
+    let fits = fit(&reserved, msi, policy);
+    reserved = fits.map_err(|(regions, probe_size)| PlanError::ProbeSize { endpoint: id, regions, probe_size })?;
+    if offered.subtract(&reserved).is_empty() {
+        return Err(PlanError::NothingUsable { endpoint: id, input_range });
+    }
     let mut advise_on = |ranges: &[IovaRange], kind| {
         let hit = reserved.intersect(&ranges.iter().copied().collect());
         advisories.extend(hit.ranges().iter().map(|range| Advisory { range: *range, kind }));
@@ -307,43 +325,27 @@ fn plan_endpoint(
     let mut regions = regions_of(&reserved, ReservedKind::Reserved);
     regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
     let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
-    let withheld = withheld(facts, found, policy, &view);
+    let withheld = withheld(facts, &found.windows_shown, policy, &view);
     let all = facts.reserved_regions.iter().flatten();
     let direct = all.filter(|region| region.kind == HostRegionKind::Direct).map(|region| region.range).min();
     Ok(EndpointPlan { id, view, withheld, advisories, direct, bypass_refused })
 }
 
-fn regions_of(set: &RangeSet, kind: ReservedKind) -> Vec<ReservedRegion> {
-    set.ranges().iter().map(|range| ReservedRegion { range: *range, kind }).collect()
+/// Widens regions until there is room to report them beside the doorbell. If that is not possible: how many there are, and
+/// how many bytes.
+fn fit(reserved: &RangeSet, msi: Option<IovaRange>, policy: &Policy) -> Result<RangeSet, (usize, u32)> {
+    let Some(probe_size) = policy.probe_size else {
+        return Ok(reserved.clone());
+    };
+    let doorbells = usize::from(msi.is_some());
+    let room = probe_size as usize / spec::RESV_MEM_SIZE;
+    let free = policy.guest_ram.iter().copied().chain(msi).collect();
+    let widened = room.checked_sub(doorbells).and_then(|most| widen(reserved, most, &free));
+    widened.ok_or((reserved.ranges().len() + doorbells, probe_size))
 }
 
-/// Everything known that is not reported: windows that the host shows, windows that it does not, and what devices cannot
-/// reach, each once and for the first of these reasons.
-fn withheld(facts: &HostFacts, found: &Findings, policy: &Policy, view: &EndpointView) -> Vec<Withheld> {
-    let mut candidates = found.windows_shown.clone();
-    candidates.sort_by_key(|(_, reason)| *reason);
-    if let Some(windows) = &facts.windows {
-        candidates.push((windows.clone(), WithheldReason::WindowNotInSysfs));
-    }
-    if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Withhold) {
-        candidates.push((RangeSet::from(IovaRange::ALL).subtract(inbound), WithheldReason::InboundByPolicy));
-    }
-    let mut accounted = view.refused().clone();
-    let mut withheld: Vec<Withheld> = Vec::new();
-    for reason in [
-        WithheldReason::WindowByMatch,
-        WithheldReason::WindowByEra,
-        WithheldReason::WindowByBars,
-        WithheldReason::WindowNotInSysfs,
-        WithheldReason::InboundByPolicy,
-    ] {
-        let same = candidates.iter().filter(|(_, other)| *other == reason);
-        let all = same.fold(RangeSet::new(), |all, (ranges, _)| all.union(ranges)).subtract(&accounted);
-        withheld.extend(all.ranges().iter().map(|range| Withheld { range: *range, reason }));
-        accounted = accounted.union(&all);
-    }
-    withheld.sort_by_key(|withheld| withheld.range);
-    withheld
+fn regions_of(set: &RangeSet, kind: ReservedKind) -> Vec<ReservedRegion> {
+    set.ranges().iter().map(|range| ReservedRegion { range: *range, kind }).collect()
 }
 
 #[cfg(test)]
@@ -396,6 +398,7 @@ mod tests {
                 bars,
                 inbound,
                 acs_isolated: acs,
+                sources: std::collections::BTreeMap::new(),
             },
         )
     }

@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::facts::{Facts, FactsFile};
 use super::plan::{Advisory, AdvisoryKind, EndpointPlan, Plan};
 use super::{ReservedKind, WithheldReason};
 use crate::range::IovaRange;
@@ -22,6 +23,8 @@ struct Endpoint {
     advisories: Vec<Advice>,
     attachable: Answer<Refusal>,
     bypass: Answer<RamRefusal>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    facts: Option<Facts>,
 }
 
 #[derive(Serialize)]
@@ -127,18 +130,36 @@ impl From<&EndpointPlan> for Endpoint {
             advisories: plan.advisories.iter().map(Advice::from).collect(),
             attachable,
             bypass: if refused.is_empty() { Answer::Yes(true) } else { Answer::No(RamRefusal { refused }) },
+            facts: None,
         }
+    }
+}
+
+impl From<&Plan> for Document {
+    fn from(plan: &Plan) -> Self {
+        Self { input_range: ends(plan.input_range), endpoints: plan.endpoints.iter().map(Endpoint::from).collect() }
+    }
+}
+
+impl Document {
+    fn to_text(&self) -> String {
+        // Strings, lists and truth values: nothing that JSON cannot say.
+        let mut text = serde_json::to_string_pretty(self).unwrap_or_default();
+        text.push('\n');
+        text
     }
 }
 
 /// The plan's text.
 pub fn to_json(plan: &Plan) -> String {
-    let document = Document {
-        input_range: ends(plan.input_range),
-        endpoints: plan.endpoints.iter().map(Endpoint::from).collect(),
-    };
-    // Strings, lists and truth values: nothing that JSON cannot say.
-    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
-    text.push('\n');
-    text
+    Document::from(plan).to_text()
+}
+
+/// The plan's text, with the facts that each endpoint's part follows from.
+pub fn to_json_with_facts(plan: &Plan, file: &FactsFile) -> String {
+    let mut document = Document::from(plan);
+    for (endpoint, (_, facts)) in document.endpoints.iter_mut().zip(&file.devices) {
+        endpoint.facts = Some(facts.into());
+    }
+    document.to_text()
 }

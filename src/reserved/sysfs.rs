@@ -6,10 +6,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::bars::{Bar, bars};
 use super::bridge::HostBridge;
-use super::{Driver, HostFacts, HostRegion, ParseRegionError};
+use super::iommu;
+use super::{Driver, HostRegion, ParseRegionError};
 use crate::id::PciAddress;
-use crate::range::{IovaRange, parse_address};
+use crate::range::IovaRange;
 
 /// A sysfs tree.
 #[derive(Clone, Debug)]
@@ -136,17 +138,41 @@ impl Sysfs {
     }
 
     /// Which driver the IOMMU in front of a device has.
-    fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
-        // A link to /sys/class/iommu/NAME, where the name is the driver's choice.
-        let name = link_name(&self.device(address)?.join("iommu")).unwrap_or_default();
-        let known = [
-            ("dmar", Driver::IntelVtd),
-            ("ivhd", Driver::AmdVi),
-            ("smmu3", Driver::ArmSmmuV3),
-            ("smmu", Driver::ArmSmmu),
-        ];
-        let driver = known.iter().find(|(prefix, _)| name.starts_with(prefix));
-        Ok(driver.map_or(Driver::Unknown, |(_, driver)| *driver))
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    pub fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
+        Ok(iommu::driver(&self.device(address)?))
+    }
+
+    /// The addresses that the IOMMU in front of a device can translate at most; `None` if the tree does not tell.
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    pub fn aperture(&self, address: PciAddress) -> Result<Option<IovaRange>, SysfsError> {
+        Ok(iommu::aperture(&self.device(address)?))
+    }
+
+    /// Whether the kernel isolates a device from all others: it puts those that could reach each other, for want of ACS in
+    /// the bridges before them, into one group (`pci_device_group()`). Bridges in the group do not count.
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    pub fn is_isolated(&self, group: &IommuGroup) -> Result<bool, SysfsError> {
+        let mut endpoints = 0;
+        for member in &group.members {
+            endpoints += usize::from(!self.is_bridge(*member)?);
+        }
+        Ok(endpoints <= 1)
+    }
+
+    fn is_bridge(&self, address: PciAddress) -> Result<bool, SysfsError> {
+        // Base class 6, sub-class 4: include/linux/pci_ids.h, PCI_CLASS_BRIDGE_PCI.
+        let class = fs::read_to_string(self.device(address)?.join("class")).unwrap_or_default();
+        Ok(class.starts_with("0x0604"))
     }
 
     /// The host bridge that a device is behind; `None` if the tree does not tell.
@@ -158,73 +184,46 @@ impl Sysfs {
         Ok(bridge_in(&self.device(address)?))
     }
 
-    /// The memory BARs of all devices behind a host bridge, ascending.
+    /// The node of a device's host bridge in the device tree; `None` if the host has none.
     ///
     /// # Errors
     ///
     /// [`SysfsError`]
-    fn bars(&self, bridge: HostBridge) -> Result<Vec<IovaRange>, SysfsError> {
+    pub fn bridge_node(&self, address: PciAddress) -> Result<Option<PathBuf>, SysfsError> {
+        let device = self.device(address)?;
+        let Ok(path) = fs::canonicalize(&device) else {
+            return Ok(None);
+        };
+        // The link is in the directory of the root bus, or of the platform device that the bridge is.
+        let bridge = path.ancestors().find(|path| bridge_named(path).is_some());
+        let candidates = bridge.into_iter().flat_map(Path::ancestors).take(2);
+        Ok(candidates.map(|path| path.join("of_node")).find_map(|link| fs::canonicalize(link).ok()))
+    }
+
+    /// The memory BARs of all devices behind a host bridge.
+    pub(super) fn bars(&self, bridge: HostBridge) -> Result<Vec<Bar>, SysfsError> {
         let directory = self.root.join("bus/pci/devices");
-        let mut bars = Vec::new();
+        let mut found = Vec::new();
         for name in names(&directory)? {
             let device = directory.join(name);
             if bridge_in(&device) == Some(bridge) {
-                bars.extend(resources(&device.join("resource"))?);
+                found.extend(bars(&device)?);
             }
         }
-        bars.sort_unstable();
-        bars.dedup();
-        Ok(bars)
-    }
-
-    /// What the host shows of a device's group. Usable addresses and aperture are not in sysfs, nor are windows.
-    ///
-    /// # Errors
-    ///
-    /// [`SysfsError`]
-    pub fn facts(&self, address: PciAddress) -> Result<HostFacts, SysfsError> {
-        let bars = self.host_bridge(address)?.map(|bridge| self.bars(bridge)).transpose()?;
-        Ok(HostFacts {
-            driver: self.iommu_driver(address)?,
-            reserved_regions: self.group(address)?.reserved_regions,
-            bars,
-            ..HostFacts::default()
-        })
+        Ok(found)
     }
 }
 
 /// The host bridge in the path that a device's name leads to: `.../devices/pci0000:00/0000:00:02.0`.
 fn bridge_in(device: &Path) -> Option<HostBridge> {
     let path = fs::canonicalize(device).ok()?;
-    let name = path.components().find_map(|part| part.as_os_str().to_str()?.strip_prefix("pci")?.split_once(':'))?;
-    let (segment, bus) = name;
-    Some(HostBridge { segment: u16::from_str_radix(segment, 16).ok()?, bus: u8::from_str_radix(bus, 16).ok()? })
+    path.ancestors().find_map(bridge_named)
 }
 
-/// The memory BARs in a device's `resource` file: of its lines, `START END FLAGS`, the first six. A device without the file
-/// has none.
-fn resources(path: &Path) -> Result<Vec<IovaRange>, SysfsError> {
-    // include/linux/ioport.h
-    const IORESOURCE_MEM: u64 = 0x200;
-    const BARS: usize = 6;
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),
-    };
-    let mut bars = Vec::new();
-    for line in text.lines().take(BARS) {
-        let bad = || SysfsError::Name { path: path.to_owned(), expected: "a list of START END FLAGS" };
-        let fields: Vec<u64> =
-            line.split_whitespace().map(parse_address).collect::<Result<_, _>>().map_err(|_| bad())?;
-        let [start, last, flags] = fields[..] else {
-            return Err(bad());
-        };
-        if flags & IORESOURCE_MEM != 0 && start != 0 {
-            bars.push(IovaRange::new(start, last).ok_or_else(bad)?);
-        }
-    }
-    Ok(bars)
+/// The host bridge whose directory this is.
+fn bridge_named(directory: &Path) -> Option<HostBridge> {
+    let (segment, bus) = directory.file_name()?.to_str()?.strip_prefix("pci")?.split_once(':')?;
+    Some(HostBridge { segment: u16::from_str_radix(segment, 16).ok()?, bus: u8::from_str_radix(bus, 16).ok()? })
 }
 
 fn link_name(link: &Path) -> Option<String> {
@@ -310,7 +309,7 @@ mod tests {
         assert_eq!(group.reserved_regions.unwrap()[0].to_string(), "0x00000000fee00000 0x00000000feefffff msi");
         assert_eq!(sysfs.driver(first).unwrap().as_deref(), Some("vfio-pci"));
         assert_eq!(sysfs.vfio_node(first).unwrap().as_deref(), Some("vfio7"));
-        assert_eq!(sysfs.facts(first).unwrap().driver, Driver::IntelVtd);
+        assert_eq!(sysfs.iommu_driver(first).unwrap(), Driver::IntelVtd);
     }
 
     #[test]
@@ -343,10 +342,42 @@ mod tests {
         assert_eq!(sysfs.host_bridge(third).unwrap(), Some(HostBridge { segment: 0, bus: 0 }));
         let bars = sysfs.bars(HostBridge { segment: 0, bus: 0 }).unwrap();
         let expected = ["c0000000-c000ffff", "380000000000-38000000ffff"].map(|range| range.parse().unwrap());
-        assert_eq!(bars, expected);
+        assert_eq!(bars.iter().map(|bar| bar.cpu).collect::<Vec<_>>(), expected);
         assert_eq!(sysfs.host_bridge(address("01:00.0")).unwrap(), None, "the tree does not tell");
         fs::write(root.join("bus/pci/devices/0000:03:00.0/resource"), "0x1 0x2\n").unwrap();
         assert!(sysfs.bars(HostBridge { segment: 0, bus: 0 }).is_err());
+    }
+
+    #[test]
+    fn devices_of_one_group_are_not_isolated_and_bridges_do_not_count() {
+        let (tree, sysfs) = tree("");
+        let group = sysfs.group(address("01:00.0")).unwrap();
+        assert!(!sysfs.is_isolated(&group).unwrap());
+        let class = tree.path().join("bus/pci/devices/0000:01:00.1/class");
+        fs::write(&class, "0x060400\n").unwrap();
+        assert!(sysfs.is_isolated(&group).unwrap());
+        fs::write(class, "0x060100\n").unwrap();
+        assert!(!sysfs.is_isolated(&group).unwrap());
+    }
+
+    #[test]
+    fn a_bridge_is_found_in_the_device_tree() {
+        let (tree, sysfs) = tree("");
+        let node = tree.path().join("firmware/devicetree/base/pcie@0");
+        let platform = tree.path().join("devices/platform/pcie");
+        let device = platform.join("pci0000:00/0000:03:00.0");
+        fs::create_dir_all(&node).unwrap();
+        fs::create_dir_all(&device).unwrap();
+        symlink(&device, tree.path().join("bus/pci/devices/0000:03:00.0")).unwrap();
+        let third = address("03:00.0");
+        assert_eq!(sysfs.bridge_node(third).unwrap(), None);
+        symlink(&node, tree.path().join("devices/platform/of_node")).unwrap();
+        assert_eq!(sysfs.bridge_node(third).unwrap(), None, "it is of something else");
+        symlink(&node, platform.join("of_node")).unwrap();
+        assert_eq!(sysfs.bridge_node(third).unwrap(), Some(fs::canonicalize(&node).unwrap()));
+        fs::remove_file(platform.join("of_node")).unwrap();
+        symlink(&node, platform.join("pci0000:00/of_node")).unwrap();
+        assert_eq!(sysfs.bridge_node(third).unwrap(), Some(fs::canonicalize(&node).unwrap()));
     }
 
     #[test]

@@ -9,8 +9,7 @@ use std::str::FromStr;
 use clap::{Parser, ValueEnum};
 
 use crate::id::{EndpointId, PciAddress};
-use crate::range::IovaRange;
-use crate::reserved::plan::X86_MSI;
+use crate::reserved::arguments::PolicyArguments;
 
 /// A virtio-iommu device as a vhost-user backend.
 ///
@@ -40,13 +39,9 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub facts: Option<PathBuf>,
 
-    /// The virtual addresses that the guest is offered, both ends included. By default what the facts allow.
-    #[arg(long, value_name = "START-END")]
-    pub input_range: Option<IovaRange>,
-
-    /// The MSI doorbell of the guest's machine, or `none`. By default, on x86-64, fee00000-feefffff.
-    #[arg(long, value_name = "START-END|none", value_parser = parse_guest_msi, required = !cfg!(target_arch = "x86_64"))]
-    pub guest_msi: Option<GuestMsi>,
+    /// What the guest is told of reserved regions.
+    #[command(flatten)]
+    pub policy: PolicyArguments,
 
     /// Whether endpoints reach guest memory as it is until the guest's driver takes over.
     #[arg(long, value_name = "on|off", default_value = "on")]
@@ -73,41 +68,6 @@ pub struct Arguments {
     /// How much to log: error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
-}
-
-impl Arguments {
-    /// The guest's MSI doorbell.
-    pub fn guest_msi(&self) -> Option<IovaRange> {
-        self.guest_msi.unwrap_or(GuestMsi::At(X86_MSI)).range()
-    }
-}
-
-/// Where the guest's machine decodes message-signalled interrupts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GuestMsi {
-    /// At these addresses.
-    At(IovaRange),
-    /// At no fixed address.
-    None,
-}
-
-impl GuestMsi {
-    /// The addresses.
-    pub const fn range(self) -> Option<IovaRange> {
-        match self {
-            Self::At(range) => Some(range),
-            Self::None => None,
-        }
-    }
-}
-
-/// Reads `START-END` or `none`.
-///
-/// # Errors
-///
-/// [`ParseRangeError`](crate::range::ParseRangeError)
-pub fn parse_guest_msi(text: &str) -> Result<GuestMsi, crate::range::ParseRangeError> {
-    if text == "none" { Ok(GuestMsi::None) } else { text.parse().map(GuestMsi::At) }
 }
 
 /// A switch.
@@ -217,18 +177,5 @@ mod tests {
             let error = text.parse::<EndpointArgument>().unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }
-    }
-
-    #[test]
-    fn the_doorbell_is_that_of_x86_unless_said_otherwise() {
-        let parse = |extra: &[&str]| {
-            let arguments = ["vhost-device-iommu", "--socket-path", "s"].iter().chain(extra);
-            Arguments::try_parse_from(arguments).map(|arguments| arguments.guest_msi())
-        };
-        assert_eq!(parse(&["--guest-msi", "none"]).unwrap(), None);
-        assert_eq!(parse(&["--guest-msi", "8090000-809ffff"]).unwrap(), "8090000-809ffff".parse().ok());
-        assert!(parse(&["--guest-msi", "maybe"]).is_err());
-        #[cfg(target_arch = "x86_64")]
-        assert_eq!(parse(&[]).unwrap(), Some(X86_MSI));
     }
 }

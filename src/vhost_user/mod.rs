@@ -10,7 +10,7 @@ mod setup;
 mod socket;
 mod throttle;
 
-pub use args::{Arguments, EndpointArgument, GuestMsi, OnOff, OnStop, ParseEndpointError, parse_guest_msi};
+pub use args::{Arguments, EndpointArgument, OnOff, OnStop, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend};
 pub use serve::{ServeError, serve};
 pub use setup::{SetupError, build_device};

@@ -17,12 +17,13 @@ use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
 use crate::id::{EndpointId, PciAddress};
 use crate::range::IovaRange;
-use crate::reserved::HostFacts;
 use crate::reserved::facts::{FactsError, FactsFile};
+use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::plan::EndpointPlan;
 use crate::reserved::plan::{Plan, PlanError, Policy, plan};
 use crate::reserved::report::reason_name;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
+use crate::reserved::{HostFacts, Withheld};
 use crate::spec;
 
 /// A device that cannot be set up.
@@ -37,6 +38,9 @@ pub enum SetupError {
     /// The host does not tell what it should.
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
+    /// The host does not tell what it should.
+    #[error(transparent)]
+    Gather(#[from] GatherError),
     /// The facts cannot be read.
     #[error(transparent)]
     Facts(#[from] FactsError),
@@ -141,6 +145,7 @@ impl SetupError {
             Self::Direct { .. }
             | Self::NoIommu { .. }
             | Self::Sysfs(_)
+            | Self::Gather(_)
             | Self::Untraceable { .. }
             | Self::StaleFacts { .. }
             | Self::GroupIncomplete { .. } => false,
@@ -172,7 +177,7 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     }
     check_groups(&sysfs, &assigned)?;
 
-    let policy = Policy { guest_msi: arguments.guest_msi(), input_range: arguments.input_range, ..Policy::default() };
+    let policy = arguments.policy.policy();
     let known: Vec<_> = assigned.iter().map(|assigned| (assigned.id, assigned.facts.clone())).collect();
     check_width(&policy, &known)?;
     let plan = plan(&policy, &known)?;
@@ -222,8 +227,8 @@ fn assign(
     if sysfs.is_noiommu(group.number) {
         return Err(SetupError::NoIommu { id, host: found });
     }
-    let facts = match facts.zip(arguments.facts.clone()) {
-        None => sysfs.facts(found)?,
+    let mut facts = match facts.zip(arguments.facts.clone()) {
+        None => Host::default().facts(found)?.1,
         Some((facts, file)) => {
             let Some(known) = facts.get(EndpointId::from(found)) else {
                 return Err(SetupError::NoFacts { file, host: found });
@@ -234,6 +239,7 @@ fn assign(
             known.clone()
         }
     };
+    arguments.policy.amend(&mut facts);
     Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, group, facts })
 }
 
@@ -283,7 +289,11 @@ fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
         info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
     }
     for withheld in &planned.withheld {
-        info!("endpoint {id}: {} is not reported ({})", withheld.range, reason_name(withheld.reason));
+        let Withheld { range, reason, evidence } = withheld;
+        info!("endpoint {id}: {range} is not reported ({}: {evidence})", reason_name(*reason));
+    }
+    if let Some(warning) = assigned.facts.peer_to_peer_warning() {
+        warn!("endpoint {id}: {warning}");
     }
     for advisory in &planned.advisories {
         warn!("endpoint {id}: {}: {}", advisory.range, advisory.kind);

@@ -254,7 +254,8 @@ const NO_WAY_AROUND: &str = "--boot-bypass=off";
 fn window() -> IovaRange {
     let bridge = HostBridge { segment: 0, bus: 0 };
     let windows = bridge::windows("/proc".as_ref(), bridge).unwrap().unwrap();
-    windows.overlapping(IovaRange::new(0x8000_0000, 0x9fff_ffff).unwrap()).expect("a window lies there")
+    let memory = IovaRange::new(0x8000_0000, 0x9fff_ffff).unwrap();
+    windows.into_iter().find(|window| window.overlaps(memory)).expect("a window lies there")
 }
 
 #[test]

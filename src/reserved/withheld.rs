@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is known of a host and not reported, each range with its reason and the evidence for it.
+
+use std::fmt;
+
+use super::plan::{Inbound, Policy};
+use super::{EndpointView, Fact, HostFacts, Source, WithheldReason};
+use crate::range::{IovaRange, RangeSet};
+
+/// A range that is not reported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Withheld {
+    /// The addresses.
+    pub range: IovaRange,
+    /// Why.
+    pub reason: WithheldReason,
+    /// What speaks for that.
+    pub evidence: Evidence,
+}
+
+/// What speaks for withholding a range. Displayed, it is half a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Evidence {
+    /// These windows of the host bridge.
+    Windows(RangeSet, Option<Source>),
+    /// A kernel of this release, in which nothing but windows was shown so.
+    Kernel(String),
+    /// These BARs lie in it.
+    Bars(RangeSet, Option<Source>),
+    /// Devices reach memory at these addresses only.
+    Inbound(RangeSet, Option<Source>),
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let source = match self {
+            Self::Windows(windows, source) => {
+                write!(f, "host bridge window {windows}")?;
+                source
+            }
+            Self::Kernel(release) => {
+                return write!(f, "Linux {release} shows nothing but host bridge windows as `reserved` on this IOMMU");
+            }
+            Self::Bars(bars, source) => {
+                write!(f, "in it lies the BAR {bars}")?;
+                source
+            }
+            Self::Inbound(inbound, source) => {
+                write!(f, "devices reach memory at {inbound} only")?;
+                source
+            }
+        };
+        match source {
+            Some(source) => write!(f, " ({source})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Evidence {
+    fn of(range: IovaRange, reason: WithheldReason, facts: &HostFacts) -> Self {
+        let source = |fact| facts.sources.get(&fact).copied();
+        match reason {
+            WithheldReason::WindowNotInSysfs | WithheldReason::WindowByMatch => {
+                let windows = facts.windows.iter().flat_map(RangeSet::ranges).copied();
+                Self::Windows(windows.filter(|window| window.overlaps(range)).collect(), source(Fact::Windows))
+            }
+            WithheldReason::WindowByEra => Self::Kernel(facts.kernel.clone().unwrap_or_default()),
+            WithheldReason::WindowByBars => {
+                let bars = facts.bars.iter().flatten().copied();
+                Self::Bars(bars.filter(|bar| range.covers(*bar)).collect(), source(Fact::Bars))
+            }
+            WithheldReason::InboundByPolicy => {
+                Self::Inbound(facts.inbound.clone().unwrap_or_default(), source(Fact::Inbound))
+            }
+        }
+    }
+}
+
+/// Everything known that is not reported: windows that the host shows, windows that it does not, and what devices cannot
+/// reach, each once and for the first of these reasons. Ascending, disjoint.
+pub(super) fn withheld(
+    facts: &HostFacts,
+    windows_shown: &[(RangeSet, WithheldReason)],
+    policy: &Policy,
+    view: &EndpointView,
+) -> Vec<Withheld> {
+    let mut candidates = windows_shown.to_vec();
+    if let Some(windows) = &facts.windows {
+        candidates.push((windows.clone(), WithheldReason::WindowNotInSysfs));
+    }
+    if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Withhold) {
+        candidates.push((RangeSet::from(IovaRange::ALL).subtract(inbound), WithheldReason::InboundByPolicy));
+    }
+    let mut accounted = view.refused().clone();
+    let mut withheld: Vec<Withheld> = Vec::new();
+    for reason in [
+        WithheldReason::WindowByMatch,
+        WithheldReason::WindowByEra,
+        WithheldReason::WindowByBars,
+        WithheldReason::WindowNotInSysfs,
+        WithheldReason::InboundByPolicy,
+    ] {
+        let same = candidates.iter().filter(|(_, other)| *other == reason);
+        let all = same.fold(RangeSet::new(), |all, (ranges, _)| all.union(ranges)).subtract(&accounted);
+        let found = all.ranges().iter().copied();
+        withheld.extend(found.map(|range| Withheld { range, reason, evidence: Evidence::of(range, reason, facts) }));
+        accounted = accounted.union(&all);
+    }
+    withheld.sort_by_key(|withheld| withheld.range);
+    withheld
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(text: &str) -> RangeSet {
+        RangeSet::from(text.parse::<IovaRange>().unwrap())
+    }
+
+    #[test]
+    fn evidence_names_what_was_seen_and_where() {
+        let facts = HostFacts {
+            kernel: Some("4.14.0".to_owned()),
+            windows: Some(set("1000-1fff").union(&set("8000-8fff"))),
+            bars: Some(vec!["2000-20ff".parse().unwrap(), "9000-90ff".parse().unwrap()]),
+            inbound: Some(set("0-ffff")),
+            sources: [(Fact::Windows, Source::ProcIomem), (Fact::Bars, Source::PciConfig)].into(),
+            ..HostFacts::default()
+        };
+        let says = |range: &str, reason| Evidence::of(range.parse().unwrap(), reason, &facts).to_string();
+        let windows = "host bridge window 0x1000-0x1fff (proc-iomem)";
+        assert_eq!(says("1000-1fff", WithheldReason::WindowByMatch), windows);
+        assert_eq!(says("1800-1fff", WithheldReason::WindowNotInSysfs), windows);
+        assert_eq!(
+            says("1000-1fff", WithheldReason::WindowByEra),
+            "Linux 4.14.0 shows nothing but host bridge windows as `reserved` on this IOMMU"
+        );
+        let bar = "in it lies the BAR 0x2000-0x20ff (pci-config)";
+        assert_eq!(says("2000-2fff", WithheldReason::WindowByBars), bar);
+        let inbound = "devices reach memory at 0x0-0xffff only";
+        assert_eq!(says("10000-1ffff", WithheldReason::InboundByPolicy), inbound);
+    }
+}
