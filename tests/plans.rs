@@ -58,3 +58,14 @@ fn every_host_is_planned_as_its_file_says() {
     }
     assert!(count >= 30, "only {count} files");
 }
+
+#[test]
+fn the_picture_of_the_documentation_is_what_is_drawn_today() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let directory = tempfile::tempdir().unwrap();
+    let drawn = directory.path().join("drawn.svg");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_viommuctl"));
+    command.args(["plan", "--facts"]).arg(docs.join("reserved-regions.json")).arg("--svg").arg(&drawn);
+    assert!(command.output().unwrap().status.success());
+    assert!(fs::read(drawn).unwrap() == fs::read(docs.join("reserved-regions.svg")).unwrap(), "draw it anew");
+}

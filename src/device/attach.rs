@@ -108,7 +108,7 @@ impl VirtioIommu {
     }
 
     /// Strikes an endpoint off a domain.
-    fn leave_domain(&mut self, domain: DomainId, id: EndpointId) {
+    pub(super) fn leave_domain(&mut self, domain: DomainId, id: EndpointId) {
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.remove(&id);
         }

@@ -87,6 +87,11 @@ impl FaultQueue {
         self.dropped
     }
 
+    /// Drops the faults of an endpoint.
+    pub fn forget(&mut self, endpoint: EndpointId) {
+        self.waiting.retain(|fault| fault.endpoint != endpoint);
+    }
+
     pub fn clear(&mut self) {
         self.waiting.clear();
     }

@@ -40,8 +40,8 @@ impl VirtioIommu {
     ///
     /// Some memory lies where the group cannot reach it, or the host refuses.
     pub(super) fn identity_table(&mut self, group: usize) -> Result<Arc<dyn IoPageTable>, HostError> {
-        if let Some(range) = self.ram_in_reserved(group) {
-            let action = format!("guest memory at {range} lies in a region reserved for the group");
+        if let Some((memory, reserved)) = self.ram_in_reserved(group) {
+            let action = format!("guest memory at {memory} lies in {reserved}, which is reserved for the group");
             return Err(HostError::new(HostErrorKind::Unmappable, action, None));
         }
         let host = Arc::clone(&self.group(group).host);
@@ -58,15 +58,18 @@ impl VirtioIommu {
         Ok(table)
     }
 
-    /// Guest memory that lies where an endpoint of the group cannot reach it: bypass would not be what it says. The
-    /// doorbell is left out: no memory is there on the machines that have one.
-    fn ram_in_reserved(&self, group: usize) -> Option<IovaRange> {
+    /// Guest memory that lies where an endpoint of the group cannot reach it, and the region that it lies in: bypass would not
+    /// be what it says. The doorbell is left out: no memory is there on the machines that have one.
+    fn ram_in_reserved(&self, group: usize) -> Option<(IovaRange, IovaRange)> {
         let views = self.group(group).members().iter().filter_map(|id| Some(&self.endpoints.get(id)?.view));
         let mut reserved = views
             .flat_map(EndpointView::reported)
             .filter(|region| region.kind == ReservedKind::Reserved)
             .map(|region| region.range);
-        reserved.find_map(|range| self.ram.regions().iter().find_map(|region| region.addresses().intersection(range)))
+        reserved.find_map(|range| {
+            let memory = self.ram.regions().iter().find_map(|region| region.addresses().intersection(range))?;
+            Some((memory, range))
+        })
     }
 
     /// Takes the groups in bypass off tables of memory that is not what it was.

@@ -28,6 +28,7 @@ mod identity;
 mod map;
 mod memory;
 mod notice;
+mod plug;
 mod statistics;
 #[cfg(test)]
 mod tests;

@@ -72,6 +72,7 @@ struct State {
     groups: Vec<GroupState>,
     calls: u64,
     failures: BTreeMap<u64, Failure>,
+    released: Vec<EndpointId>,
 }
 
 #[derive(Debug)]
@@ -94,6 +95,7 @@ impl FakeHost {
             groups: Vec::new(),
             calls: 0,
             failures: BTreeMap::new(),
+            released: Vec::new(),
         };
         Self { state: Arc::new(Mutex::new(state)) }
     }
@@ -104,6 +106,19 @@ impl FakeHost {
         state.groups.push(GroupState { members: members.to_vec(), usable, attachment: Attachment::AsFound });
         let index = state.groups.len() - 1;
         Arc::new(FakeGroup { host: self.clone(), members: members.to_vec(), index })
+    }
+
+    /// Adds a group of endpoints that were in another one, which is gone.
+    pub fn regroup(&self, members: &[EndpointId], usable: RangeSet) -> Arc<dyn HostGroup> {
+        for group in &mut self.lock().groups {
+            group.members.retain(|member| !members.contains(member));
+        }
+        self.group(members, usable)
+    }
+
+    /// The members whose files were closed, in that order.
+    pub fn released(&self) -> Vec<EndpointId> {
+        self.lock().released.clone()
     }
 
     /// Makes the call after `after` more calls fail; 0 is the next one. Only calls that can fail are counted.
@@ -273,6 +288,10 @@ impl HostGroup for FakeGroup {
 
     fn block(&self) {
         self.set(&mut self.host.lock(), Attachment::Blocked);
+    }
+
+    fn release(&self, member: EndpointId) {
+        self.host.lock().released.push(member);
     }
 }
 

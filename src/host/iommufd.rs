@@ -16,7 +16,7 @@ use std::fs::File;
 use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use iommufd_bindings::iommufd::{
@@ -424,7 +424,8 @@ fn out_of_memory_or_other(errno: Errno) -> HostErrorKind {
 pub struct IommufdGroup {
     iommufd: Arc<Iommufd>,
     members: Vec<EndpointId>,
-    devices: Vec<VfioDevice>,
+    /// Those of the members that are still endpoints.
+    devices: Mutex<Vec<(EndpointId, VfioDevice)>>,
     /// The devices are known to be bound to this iommufd.
     bound_here: AtomicBool,
 }
@@ -433,19 +434,23 @@ impl IommufdGroup {
     /// A group of devices that the caller has bound to this iommufd ([`VfioDevice::bind`]), or that another process binds by
     /// the same files: a VMM that this process works beside. Until that has happened, attaching fails.
     pub fn shared(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Self {
-        let (members, devices) = devices.into_iter().unzip();
-        Self { iommufd, members, devices, bound_here: AtomicBool::new(false) }
+        let members = devices.iter().map(|(member, _)| *member).collect();
+        Self { iommufd, members, devices: Mutex::new(devices), bound_here: AtomicBool::new(false) }
+    }
+
+    fn devices(&self) -> MutexGuard<'_, Vec<(EndpointId, VfioDevice)>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes sure that the devices are bound to this iommufd. The kernel takes an address space by its number, and looks
     /// the number up in the iommufd that the device is bound to: in another one it may be the VMM's own table, and the
     /// attach would succeed. So each device is first attached to a fresh address space: one that has a device is told
     /// apart from one that has none by its alignment (1 until then, `iopt_table_add_domain()`).
-    fn check_binding(&self) -> Result<(), HostError> {
+    fn check_binding(&self, devices: &[(EndpointId, VfioDevice)]) -> Result<(), HostError> {
         if self.bound_here.load(Ordering::Relaxed) {
             return Ok(());
         }
-        for device in &self.devices {
+        for (_, device) in devices {
             let fresh = self.iommufd.new_ioas()?;
             let attached = device.attach(&fresh);
             let is_here = fresh.constraints().map(|constraints| constraints.granule > 1);
@@ -488,18 +493,19 @@ impl HostGroup for IommufdGroup {
             let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another kind", None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
-        if let Err(error) = self.check_binding() {
-            self.block();
+        let devices = self.devices();
+        if let Err(error) = self.check_binding(&devices) {
+            block(&devices);
             return Err(AttachError { error, after: AfterFailure::Blocked });
         }
         // The first replace moves the whole group. Each device is attached all the same: only then does the kernel
         // keep its reserved regions out of the address space.
-        for (index, device) in self.devices.iter().enumerate() {
+        for (index, (_, device)) in devices.iter().enumerate() {
             if let Err(error) = device.attach(ioas) {
                 let after = if index == 0 {
                     AfterFailure::PreviousTable
                 } else {
-                    self.block();
+                    block(&devices);
                     AfterFailure::Blocked
                 };
                 return Err(AttachError { error, after });
@@ -509,8 +515,16 @@ impl HostGroup for IommufdGroup {
     }
 
     fn block(&self) {
-        for device in &self.devices {
-            device.detach();
-        }
+        block(&self.devices());
+    }
+
+    fn release(&self, member: EndpointId) {
+        self.devices().retain(|(id, _)| *id != member);
+    }
+}
+
+fn block(devices: &[(EndpointId, VfioDevice)]) {
+    for (_, device) in devices {
+        device.detach();
     }
 }

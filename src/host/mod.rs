@@ -52,6 +52,12 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// Takes every device of the group off its table, so that all its DMA is refused. This cannot fail: a device
     /// that cannot be told so has no table, or is gone.
     fn block(&self);
+
+    /// A member is no endpoint any more: closes whatever is open for its device alone. Its DMA reaches what the group's other
+    /// members reach; the group was blocked if there is none. By default nothing is done.
+    fn release(&self, member: EndpointId) {
+        let _ = member;
+    }
 }
 
 /// One I/O address space of the host. Dropping it frees what it mapped; no group is attached to it then.

@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use svg::Document;
 use svg::node::element::{Definitions, Line, Path, Pattern, Rectangle, Text, Title};
 
+use super::show::human_size;
 use crate::range::{IovaRange, RangeSet};
 use crate::reserved::plan::{EndpointPlan, Plan};
 use crate::reserved::report::reason_name;
@@ -96,8 +97,10 @@ pub fn draw(name: &str, facts: &HostFacts, plan: &Plan, guest_ram: &[IovaRange])
     let mut top = TITLE;
     for lane in lanes {
         document = document.add(label(lane.name, MARGIN - 8.0, top + LANE / 2.0 + 4.0, "end"));
-        for bar in &lane.bars {
-            document = document.add(rectangle(bar, &axis, top));
+        for (index, bar) in lane.bars.iter().enumerate() {
+            // A size in what is drawn over again would be cut.
+            let is_covered = lane.bars.iter().skip(index + 1).any(|later| later.range.overlaps(bar.range));
+            document = document.add(rectangle(bar, &axis, top, !is_covered));
         }
         top += LANE + GAP;
     }
@@ -142,7 +145,7 @@ fn label(text: &str, x: f64, y: f64, anchor: &str) -> Text {
     Text::new(text).set("x", x).set("y", y).set("text-anchor", anchor)
 }
 
-fn rectangle(bar: &Bar, axis: &Axis, top: f64) -> svg::node::element::Group {
+fn rectangle(bar: &Bar, axis: &Axis, top: f64, with_size: bool) -> svg::node::element::Group {
     let (left, right) = (axis.place(u128::from(bar.range.start())), axis.place(u128::from(bar.range.last()) + 1));
     let shape = Rectangle::new()
         .set("x", left)
@@ -152,7 +155,13 @@ fn rectangle(bar: &Bar, axis: &Axis, top: f64) -> svg::node::element::Group {
         .set("fill", bar.paint.fill())
         .set("stroke", "#666666")
         .set("stroke-width", 0.7);
-    svg::node::element::Group::new().add(Title::new(format!("{}: {}", bar.range, bar.says))).add(shape)
+    let group = svg::node::element::Group::new().add(Title::new(format!("{}: {}", bar.range, bar.says))).add(shape);
+    let size = human_size(bar.range);
+    if !with_size || right - left < 6.5 * size.len() as f64 {
+        return group;
+    }
+    let text = label(&size, f64::midpoint(left, right), top + LANE / 2.0 + 4.0, "middle");
+    group.add(text.set("font-size", 10).set("stroke", "white").set("stroke-width", 3).set("paint-order", "stroke"))
 }
 
 fn host_lane(facts: &HostFacts) -> Lane {

@@ -12,7 +12,7 @@ use crate::id::{EndpointId, PciAddress};
 use crate::range::{IovaRange, RangeSet};
 use crate::reserved::plan::{EndpointPlan, Plan};
 use crate::reserved::report::reason_name;
-use crate::reserved::{Fact, HostFacts, ReservedKind, WithheldReason};
+use crate::reserved::{Fact, HostFacts, HostRegionKind, ReservedKind, WithheldReason};
 
 /// One line of a table: what somebody says of a range.
 struct Row {
@@ -38,7 +38,14 @@ pub fn inspection(device: PciAddress, inspection: &Inspection, plan: Option<&Pla
     let header = ["range", "size", "the host says", "the guest is told", "why", "source"];
     table.load_preset(presets::NOTHING).set_header(header);
     for Row { range, says, source, told } in rows {
-        let (told, why) = told.or_else(|| Some(self::told(plan?.input_range, planned?, range))).unwrap_or_default();
+        let told = told.or_else(|| Some(self::told(plan?.input_range, planned?, range)));
+        let (told, why) = match told.unwrap_or_default() {
+            // Windows have nothing to do with it.
+            ("nothing" | "usable", _) if says == HostRegionKind::DirectRelaxable.to_string() => {
+                ("nothing", "it can be mapped (--relaxable)")
+            }
+            told => told,
+        };
         table.add_row([&range.to_string(), &human_size(range), &says, told, why, &source]);
     }
     push_line(&mut text, &table.to_string());
@@ -171,7 +178,7 @@ fn told(input_range: IovaRange, planned: &EndpointPlan, range: IovaRange) -> (&'
 }
 
 /// A size as people read it.
-fn human_size(range: IovaRange) -> String {
+pub(super) fn human_size(range: IovaRange) -> String {
     const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let size = range.size();
     match UNITS.iter().find(|(shift, _)| size >> shift > 0) {

@@ -11,7 +11,8 @@ use virtio_iommu::access::Access;
 use virtio_iommu::host::IoPageTable;
 use virtio_iommu::host::iommufd::{Ioas, Iommufd, VfioDevice};
 use virtio_iommu::memory::GuestRam;
-use virtio_iommu::range::IovaRange;
+use virtio_iommu::range::{IovaRange, RangeSet};
+use virtio_iommu::reserved::facts::FactsFile;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::{Machine, Memory, attach, detach, guest_memory, map, unmap};
@@ -231,11 +232,18 @@ fn a_device_that_is_bound_elsewhere_cannot_be_attached() {
 #[test]
 #[ignore = "runs in the host VM: make test"]
 fn a_promise_that_the_host_cannot_keep_ends_in_a_refusal() {
+    let path = "/tmp/promise-facts.json";
+    bind_to_vfio(find(EDU));
+    facts_of(find(EDU), path);
+    let mut file = FactsFile::read(path.as_ref()).unwrap();
+    let facts = &mut file.devices[0].1;
+    (facts.usable, facts.aperture) = (Some(RangeSet::from(IovaRange::new(0, (1 << 56) - 1).unwrap())), None);
+    file.write(path.as_ref()).unwrap();
     let vmm = Vmm::new();
-    let daemon = vmm.daemon("promise", &["--input-range=0-ffffffffffffff"]);
+    let daemon = vmm.daemon("promise", &["--facts", path]);
     let mut machine = vmm.machine(&daemon);
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), 2);
-    daemon.expect_log("cannot map 0x1000000000000-0xffffffffffffff");
+    daemon.expect_log("0x1000000000000-0xffffffffffffff");
     assert!(!vmm.write_lands(0x10_1000, 0x10_1000));
 }
 

@@ -284,7 +284,8 @@ fn large_memory_is_lost_when_windows_are_reported() {
     let mut guest = Guest::boot_with("lost", MEMORY_UNDER_A_WINDOW, "iommu.passthrough=1", NO_WAY_AROUND, report);
     let line = guest.wait_for(" md5 ");
     assert!(!line.ends_with(&image_md5()), "{line}");
-    guest.daemon.expect_log("guest memory at 0x80000000-0x9fffffff lies in a region reserved for the group");
+    let said = format!("guest memory at 0x80000000-0x9fffffff lies in {window}, which is reserved for the group");
+    guest.daemon.expect_log(&said);
     guest.wait_for_end();
 }
 

@@ -16,3 +16,4 @@ mod edu;
 mod guest;
 mod inspect;
 mod pci;
+mod rmrr;

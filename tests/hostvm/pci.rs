@@ -15,6 +15,12 @@ pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// Of its disk.
 pub const NVME: (&str, &str) = ("0x1b36", "0x0010");
 
+/// Which of its IOMMUs the host VM was booted with: vtd, amd, virtio, or rmrr.
+pub fn host_iommu() -> String {
+    let line = fs::read_to_string("/proc/cmdline").unwrap();
+    line.split_whitespace().find_map(|word| word.strip_prefix("hostvm.iommu=")).unwrap().to_owned()
+}
+
 /// The first device of a kind.
 pub fn find((vendor, device): (&str, &str)) -> PciAddress {
     let names = fs::read_dir("/sys/bus/pci/devices").unwrap().map(|entry| entry.unwrap().path());

@@ -17,6 +17,7 @@ mod groups;
 mod host_failures;
 mod mapping;
 mod memory;
+mod plugging;
 mod protocol;
 
 /// Alone in its group.
@@ -126,8 +127,8 @@ impl Machine {
 
     /// Everything that decides where DMA goes, on both sides.
     fn snapshot(&self) -> String {
-        let sides = [LONE, LEFT, RIGHT]
-            .map(|id| (self.device.endpoints[&id].domain, self.host.mappings(id), self.is_blocked(id)));
+        let domain = |id| self.device.endpoints.get(&id).and_then(|endpoint| endpoint.domain);
+        let sides = [LONE, LEFT, RIGHT].map(|id| (domain(id), self.host.mappings(id), self.is_blocked(id)));
         let tables: Vec<_> = self
             .device
             .domains

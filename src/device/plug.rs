@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Endpoints that come and go while the device works.
+//!
+//! What the guest was told at the start holds: input range, page sizes, probe size. A new endpoint's view is planned with
+//! these ([`Policy`](crate::reserved::plan::Policy)'s `input_range` and `probe_size`), or it cannot be added.
+
+use std::sync::Arc;
+
+use super::group::{Group, GroupTable};
+use super::{SetupError, VirtioIommu, place_endpoints};
+use crate::host::HostGroup;
+use crate::id::EndpointId;
+use crate::reserved::EndpointView;
+
+impl VirtioIommu {
+    /// Adds a host group with its endpoints, none of which is attached then: it is in bypass as it was found, or blocked, as
+    /// the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`]; nothing was changed.
+    pub fn add_group(
+        &mut self,
+        group: Arc<dyn HostGroup>,
+        endpoints: Vec<(EndpointId, EndpointView)>,
+    ) -> Result<(), SetupError> {
+        if let Some(member) = group.members().iter().find(|member| self.endpoints.contains_key(member)) {
+            return Err(SetupError::EndpointTwice(*member));
+        }
+        let index = self.groups.len();
+        let mut placed = place_endpoints(&self.settings, endpoints, std::slice::from_ref(&group))?;
+        for endpoint in placed.values_mut() {
+            endpoint.group = index;
+        }
+        self.endpoints.append(&mut placed);
+        self.groups.push(Group { host: group, table: GroupTable::AsFound });
+        self.settle_group(index);
+        Ok(())
+    }
+
+    /// Takes an endpoint away: it leaves its domain, its device reaches nothing any more unless a sibling of its group does,
+    /// and the host's files for it are closed when this returns. Requests that name it are answered with NOENT, and the ID can
+    /// be used again. Whether there was one.
+    pub fn remove_endpoint(&mut self, id: EndpointId) -> bool {
+        let Some(endpoint) = self.endpoints.get_mut(&id) else {
+            return false;
+        };
+        let (group, domain) = (endpoint.group, endpoint.domain.take());
+        let host = Arc::clone(&self.group(group).host);
+        let is_last = !host.members().iter().any(|member| *member != id && self.endpoints.contains_key(member));
+        if is_last {
+            self.group_mut(group).block();
+        } else {
+            self.settle_group(group);
+        }
+        host.release(id);
+        self.endpoints.remove(&id);
+        self.faults.forget(id);
+        if let Some(domain) = domain {
+            self.leave_domain(domain, id);
+        }
+        if is_last {
+            self.remove_group(group);
+        }
+        true
+    }
+
+    fn remove_group(&mut self, index: usize) {
+        self.groups.remove(index);
+        for endpoint in self.endpoints.values_mut().filter(|endpoint| endpoint.group > index) {
+            endpoint.group -= 1;
+        }
+        self.drop_unused_tables();
+    }
+}
