@@ -37,6 +37,8 @@ pub struct HostSegment {
 #[derive(Clone)]
 pub struct HostMemory {
     address: usize,
+    /// How many bytes are mapped from there on.
+    length: u64,
     file: Option<FileMemory>,
     owner: Arc<dyn Any + Send + Sync>,
 }
@@ -177,6 +179,25 @@ impl HostSegment {
         self.length
     }
 
+    /// The guest-physical addresses.
+    pub fn addresses(&self) -> IovaRange {
+        // A segment is a part of a region, which is a range.
+        IovaRange::from_length(self.start.0, self.length).unwrap_or(IovaRange::ALL)
+    }
+
+    /// Whether this is a part of another piece: the same guest addresses backed by the same memory.
+    pub fn lies_in(&self, whole: &Self) -> bool {
+        if !whole.addresses().covers(self.addresses()) {
+            return false;
+        }
+        let offset = self.start.0 - whole.start.0;
+        match (&self.host, &whole.host) {
+            (None, None) => true,
+            (Some(own), Some(host)) => own.is_same(&host.at(offset)),
+            _ => false,
+        }
+    }
+
     /// Where the piece starts on the host, mapped for at least its length; `None` for memory that only software looks at.
     pub const fn host(&self) -> Option<&HostMemory> {
         self.host.as_ref()
@@ -203,6 +224,16 @@ impl FileMemory {
     pub const fn offset(&self) -> u64 {
         self.offset
     }
+
+    /// Device and inode number: what the file is, whatever descriptor leads to it.
+    pub const fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// The place so many bytes further on.
+    pub(crate) fn at(&self, offset: u64) -> Self {
+        Self { offset: self.offset + offset, ..self.clone() }
+    }
 }
 
 impl HostMemory {
@@ -211,17 +242,23 @@ impl HostMemory {
         self.address as u64
     }
 
+    /// How many bytes are mapped from there on.
+    pub const fn length(&self) -> u64 {
+        self.length
+    }
+
     /// The place in a file whose pages the host pins directly, if there is one: memory of tmpfs (memfd is that)
     /// or hugetlbfs.
     pub fn pinnable_file(&self) -> Option<&FileMemory> {
         self.file.as_ref().filter(|file| file.pinnable)
     }
 
-    fn at(&self, offset: u64) -> Self {
-        let file = self.file.clone().map(|file| FileMemory { offset: file.offset + offset, ..file });
+    /// The place so many bytes further on, which are mapped.
+    pub(crate) fn at(&self, offset: u64) -> Self {
+        let file = self.file.as_ref().map(|file| file.at(offset));
         #[expect(clippy::cast_possible_truncation, reason = "the region is mapped: offsets in it fit an address")]
         let address = self.address + offset as usize;
-        Self { address, file, owner: Arc::clone(&self.owner) }
+        Self { address, length: self.length - offset, file, owner: Arc::clone(&self.owner) }
     }
 
     fn is_same(&self, other: &Self) -> bool {
@@ -284,7 +321,12 @@ mod mapped {
                 .map(|file| FileMemory::new(Arc::clone(file.arc()), file.start()))
                 .transpose()
                 .map_err(|source| MemoryError::File { start: start.0, source })?;
-            let host = HostMemory { address: mapping.as_ptr().expose_provenance(), file, owner: mapping };
+            let host = HostMemory {
+                address: mapping.as_ptr().expose_provenance(),
+                length: region.len(),
+                file,
+                owner: mapping,
+            };
             Self::new(start, region.len(), Some(host))
         }
     }

@@ -49,6 +49,11 @@ pub(super) enum Agreement {
 }
 
 impl Group {
+    pub fn new(host: Arc<dyn HostGroup>) -> Self {
+        let table = if host.is_found_blocked() { GroupTable::Blocked } else { GroupTable::AsFound };
+        Self { host, table }
+    }
+
     pub fn members(&self) -> &[EndpointId] {
         self.host.members()
     }
@@ -247,9 +252,10 @@ impl VirtioIommu {
 fn attach_status(kind: HostErrorKind) -> Status {
     match kind {
         HostErrorKind::NoMemory => Status::NoMemory,
-        HostErrorKind::ReservedConflict | HostErrorKind::Incompatible | HostErrorKind::Unmappable => {
-            Status::Unsupported
-        }
+        HostErrorKind::ReservedConflict
+        | HostErrorKind::Incompatible
+        | HostErrorKind::Unmappable
+        | HostErrorKind::Unsupported => Status::Unsupported,
         HostErrorKind::Gone => Status::NoEntry,
         HostErrorKind::AlreadyMapped
         | HostErrorKind::BadAddress

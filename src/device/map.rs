@@ -245,6 +245,7 @@ fn map_status(kind: HostErrorKind) -> Status {
         HostErrorKind::Unmappable | HostErrorKind::AlreadyMapped => Status::Invalid,
         HostErrorKind::NoMemory => Status::NoMemory,
         HostErrorKind::BadAddress => Status::Fault,
+        HostErrorKind::Unsupported => Status::Unsupported,
         HostErrorKind::ReservedConflict
         | HostErrorKind::NotBound
         | HostErrorKind::Incompatible

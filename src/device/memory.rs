@@ -34,6 +34,7 @@ impl VirtioIommu {
         }
         self.leave_identity_tables();
         for group in 0..self.groups.len() {
+            self.group(group).host.memory_changed(&self.ram);
             self.settle_group(group);
         }
     }

@@ -168,7 +168,7 @@ impl VirtioIommu {
     ) -> Result<Self, SetupError> {
         check_settings(&settings)?;
         let endpoints = place_endpoints(&settings, endpoints, &groups)?;
-        let groups = groups.into_iter().map(|host| Group { host, table: GroupTable::AsFound }).collect();
+        let groups = groups.into_iter().map(Group::new).collect();
         Ok(Self {
             bypass: settings.boot_bypass,
             settings,

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::group::{Group, GroupTable};
+use super::group::Group;
 use super::{SetupError, VirtioIommu, place_endpoints};
 use crate::host::HostGroup;
 use crate::id::EndpointId;
@@ -34,7 +34,8 @@ impl VirtioIommu {
             endpoint.group = index;
         }
         self.endpoints.append(&mut placed);
-        self.groups.push(Group { host: group, table: GroupTable::AsFound });
+        group.memory_changed(&self.ram);
+        self.groups.push(Group::new(group));
         self.settle_group(index);
         Ok(())
     }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A strict model of a host IOMMU, for tests: it refuses what the kernel refuses, can be told to fail at any call, and
-//! says where a device's DMA would land.
+//! says where a device's DMA would land. It stands for the groups and page tables of a backend; in [`kernel`] is a model of the
+//! kernel below the backends.
 
 // A model for tests stops at its first contradiction.
 #![allow(clippy::expect_used, clippy::missing_panics_doc)]
@@ -17,6 +18,13 @@ use crate::access::Access;
 use crate::id::EndpointId;
 use crate::memory::HostSegment;
 use crate::range::{IovaRange, RangeSet};
+
+#[cfg(all(feature = "iommufd", feature = "type1"))]
+mod iommufd_rules;
+#[cfg(all(feature = "iommufd", feature = "type1"))]
+pub mod kernel;
+#[cfg(all(feature = "iommufd", feature = "type1"))]
+mod type1_rules;
 
 /// Which API of Linux the host behaves like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

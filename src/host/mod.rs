@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use crate::access::Access;
 use crate::id::EndpointId;
-use crate::memory::HostSegment;
+use crate::memory::{GuestRam, HostSegment};
 use crate::range::{IovaRange, RangeSet};
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
+pub mod replay;
 pub mod software;
 #[cfg(feature = "type1")]
 pub mod type1;
@@ -42,6 +43,12 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// `any.downcast_ref()`. It is never asked about the group's own table; a host whose tables cannot be shared says no.
     fn can_share(&self, table: &dyn IoPageTable) -> bool;
 
+    /// Whether nothing is mapped for the group when the device gets it. By default whoever drives the devices has set up bypass
+    /// until the device does something else.
+    fn is_found_blocked(&self) -> bool {
+        false
+    }
+
     /// Attaches the whole group to a table. What was attached before is replaced.
     ///
     /// # Errors
@@ -57,6 +64,11 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// members reach; the group was blocked if there is none. By default nothing is done.
     fn release(&self, member: EndpointId) {
         let _ = member;
+    }
+
+    /// Guest memory is this now; no table maps any other. By default nothing is done.
+    fn memory_changed(&self, ram: &GuestRam) {
+        let _ = ram;
     }
 }
 
@@ -119,6 +131,8 @@ pub enum HostErrorKind {
     NotBound,
     /// The group cannot use this table.
     Incompatible,
+    /// The host cannot keep to the permissions that were asked for.
+    Unsupported,
     /// The device is being reset, and stayed so.
     Busy,
     /// The device is gone.
@@ -159,6 +173,7 @@ impl HostErrorKind {
                 "the device is not bound to this iommufd: give the VMM the same iommufd and the same device file"
             }
             Self::Incompatible => "the group cannot use this page table",
+            Self::Unsupported => "the host would allow more than was asked for",
             Self::Busy => "the device is being reset, and was not done in time: the guest may try again",
             Self::Gone => "the device is gone: take it out of the guest",
             Self::Other => "the host refused",

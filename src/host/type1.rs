@@ -7,28 +7,42 @@
 // Ioctls on files that these types own.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
-use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_GROUP_FLAGS_VIABLE, VFIO_TYPE1v2_IOMMU, vfio_group_status};
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
+    VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
 
 use super::{HostError, HostErrorKind};
+use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
+use crate::memory::HostMemory;
+use crate::range::IovaRange;
 
+mod container;
 mod info;
 
+pub use container::{Container, ContainerApi};
 pub use info::{InfoError, Type1Info, parse};
 
 const SET_IOMMU: Opcode = vfio_opcode(2);
 const GROUP_GET_STATUS: Opcode = vfio_opcode(3);
 const GROUP_SET_CONTAINER: Opcode = vfio_opcode(4);
 const IOMMU_GET_INFO: Opcode = vfio_opcode(12);
+const IOMMU_MAP_DMA: Opcode = vfio_opcode(13);
+const IOMMU_UNMAP_DMA: Opcode = vfio_opcode(14);
 
 /// Room for what the kernel may have to say of a container, in words of 8 bytes: far more than any needs.
 const INFO_WORDS: usize = 1024;
+/// The upper half of the address space but for its last page, which kernels without `VFIO_DMA_UNMAP_FLAG_ALL` cannot map.
+const LAST_HALF: u64 = (1 << 63) - 0x1000;
 /// `VFIO_TYPE`
 const VFIO_TYPE: u8 = b';';
 
@@ -42,7 +56,7 @@ const fn size<T>() -> u32 {
     size_of::<T>() as u32
 }
 
-fn failed(errno: Errno, action: &str, kind: HostErrorKind) -> HostError {
+fn failed(errno: Errno, action: impl Into<String>, kind: HostErrorKind) -> HostError {
     HostError::new(kind, action, Some(errno.into()))
 }
 
@@ -57,58 +71,94 @@ unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) ->
     unsafe { ioctl(file, Updater::<CODE, T>::new(argument)) }
 }
 
-/// An open `/dev/vfio/vfio`.
+/// An open `/dev/vfio/vfio`, and the memory that was mapped in it.
 #[derive(Debug)]
-pub struct Container {
+struct ContainerFile {
     file: OwnedFd,
+    /// What keeps memory mapped in this process that is mapped there, by first virtual address.
+    held: Mutex<BTreeMap<u64, HostMemory>>,
 }
 
-impl Container {
-    /// Takes an open `/dev/vfio/vfio`.
-    ///
-    /// # Errors
-    ///
-    /// It is something else.
-    pub fn new(file: OwnedFd) -> Result<Self, WrongFile> {
-        FileKind::VfioContainer.check(&file)?;
-        Ok(Self { file })
+impl ContainerFile {
+    /// Takes an open `/dev/vfio/vfio`: the caller has made sure that it is one.
+    fn new(file: OwnedFd) -> Self {
+        Self { file, held: Mutex::default() }
     }
 
-    /// Makes it a container of type1, version 2. It must have a group.
-    ///
-    /// # Errors
-    ///
-    /// It has no group or a type already, or the group's IOMMU cannot be used.
-    pub fn set_iommu(&self) -> Result<(), HostError> {
+    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, HostMemory>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unmap(&self, flags: u32, iova: u64, size: u64) -> Result<u64, Errno> {
+        let mut argument = vfio_iommu_type1_dma_unmap {
+            argsz: self::size::<vfio_iommu_type1_dma_unmap>(),
+            flags,
+            iova,
+            size,
+            ..Default::default()
+        };
+        // SAFETY: the file is a container, and the structure has no addresses of this process.
+        unsafe { call::<IOMMU_UNMAP_DMA, _>(self.file.as_fd(), &mut argument) }?;
+        Ok(argument.size)
+    }
+}
+
+impl ContainerApi for ContainerFile {
+    fn number(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    fn set_iommu(&self) -> Result<(), Errno> {
         // SAFETY: the code takes a number.
         let setter = unsafe { IntegerSetter::<SET_IOMMU>::new_usize(VFIO_TYPE1v2_IOMMU as usize) };
         // SAFETY: the file is a container.
         unsafe { ioctl(self.file.as_fd(), setter) }
-            .map_err(|errno| failed(errno, "VFIO_SET_IOMMU of type1v2", HostErrorKind::Incompatible))
     }
 
-    /// What the container can map, for the groups that are in it.
-    ///
-    /// # Errors
-    ///
-    /// The container has no type, or the kernel's answer cannot be understood.
-    pub fn info(&self) -> Result<Type1Info, HostError> {
-        const ACTION: &str = "VFIO_IOMMU_GET_INFO";
-        let failed = |error| HostError::new(HostErrorKind::Other, ACTION, Some(error));
+    fn info(&self) -> Result<Vec<u8>, Errno> {
         // Aligned for the structure's largest field.
         let mut words = [0u64; INFO_WORDS];
-        // The first field is the size: the lower half of a word on a machine with the lower half first.
+        // The first field is the size.
         let length = size::<[u64; INFO_WORDS]>();
         words[0] = u64::from_ne_bytes(first_half(length));
         // SAFETY: the file is a container. The kernel reads the size from the first field and writes no more than that,
         // which is what the array has.
-        unsafe { call::<IOMMU_GET_INFO, _>(self.file.as_fd(), &mut words) }.map_err(|errno| failed(errno.into()))?;
+        unsafe { call::<IOMMU_GET_INFO, _>(self.file.as_fd(), &mut words) }?;
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         // With too little room the kernel leaves the capabilities out, and says how much they need.
-        match bytes.first_chunk().map(|needed| u32::from_ne_bytes(*needed)) {
-            Some(needed) if needed <= length => parse(&bytes).map_err(|error| failed(io::Error::other(error))),
-            needed => Err(failed(io::Error::other(format!("{needed:?} bytes of answer")))),
-        }
+        let needed = bytes.first_chunk().map(|needed| u32::from_ne_bytes(*needed));
+        if needed.is_some_and(|needed| needed <= length) { Ok(bytes) } else { Err(Errno::MSGSIZE) }
+    }
+
+    fn map_dma(&self, iova: IovaRange, memory: &HostMemory, access: Access) -> Result<(), Errno> {
+        let size = iova.length().filter(|length| *length <= memory.length()).ok_or(Errno::INVAL)?;
+        let read = if access.read { VFIO_DMA_MAP_FLAG_READ } else { 0 };
+        let write = if access.write { VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
+        let mut argument = vfio_iommu_type1_dma_map {
+            argsz: self::size::<vfio_iommu_type1_dma_map>(),
+            flags: read | write,
+            vaddr: memory.address(),
+            iova: iova.start(),
+            size,
+        };
+        // SAFETY: the file is a container. `memory` is mapped at this address for at least this length, and is held below for
+        // as long as the kernel may look at the range.
+        unsafe { call::<IOMMU_MAP_DMA, _>(self.file.as_fd(), &mut argument) }?;
+        self.held().insert(iova.start(), memory.clone());
+        Ok(())
+    }
+
+    fn unmap_dma(&self, iova: IovaRange) -> Result<u64, Errno> {
+        let gone = match iova.length() {
+            Some(size) => self.unmap(0, iova.start(), size)?,
+            None => match self.unmap(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
+                // Before Linux 5.12 there is no such flag: the two halves of the address space are all there is.
+                Err(Errno::INVAL) => self.unmap(0, 0, 1 << 63)? + self.unmap(0, 1 << 63, LAST_HALF)?,
+                result => result?,
+            },
+        };
+        self.held().retain(|start, _| *start < iova.start() || iova.last() < *start);
+        Ok(gone)
     }
 }
 
@@ -151,7 +201,7 @@ impl VfioGroup {
             let error = io::Error::other("a device of the group is bound to a driver of the host");
             return Err(HostError::new(HostErrorKind::Incompatible, action, Some(error)));
         }
-        let container = container.file.as_raw_fd();
+        let container = container.api.number();
         // SAFETY: the code takes a pointer to the number of a file, which is read and nothing else.
         let setter = unsafe { Setter::<GROUP_SET_CONTAINER, _>::new(container) };
         // SAFETY: the file is a group.

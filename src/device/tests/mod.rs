@@ -13,6 +13,8 @@ use crate::reserved::{ReservedKind, ReservedRegion};
 
 mod attaching;
 mod bypass;
+#[cfg(all(feature = "iommufd", feature = "type1"))]
+mod generated;
 mod groups;
 mod host_failures;
 mod mapping;

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Groups with one address space of their own, which cannot be exchanged: VFIO type1 containers, and whatever else a VMM maps
+//! memory with. Attaching a table means to map what it has, one mapping after the other; if one fails, all is taken back and
+//! what was there before is mapped again.
+
+#![forbid(unsafe_code)]
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{
+    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, UnmapError,
+};
+use crate::access::Access;
+use crate::id::EndpointId;
+use crate::memory::HostSegment;
+use crate::range::IovaRange;
+
+/// Maps memory for the devices of one host group, in an address space in which nobody else maps anything.
+pub trait DmaMapper: Debug + Send + Sync {
+    /// Maps a piece of memory from `iova` on, with no more permission than asked, but for reading where only writing was asked
+    /// for and hardware has no such thing. The memory must stay where it is until it is unmapped.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was changed.
+    fn map(&self, iova: u64, memory: &HostSegment, access: Access) -> Result<(), HostError>;
+
+    /// Removes all mappings in a range, none of which reaches out of it, and returns how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// Some mappings may be gone and some not.
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError>;
+
+    /// What can be mapped.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says.
+    fn constraints(&self) -> Result<Constraints, HostError>;
+
+    /// Whether a device that may only read is kept from writing. If not, a read-only MAP of the guest is refused.
+    fn honours_read_only(&self) -> bool {
+        true
+    }
+}
+
+/// A group whose devices are behind a [`DmaMapper`]. As it is found, nothing is mapped.
+#[derive(Debug)]
+pub struct ReplayGroup<M> {
+    members: Vec<EndpointId>,
+    space: Arc<Space<M>>,
+}
+
+/// The one address space that there is.
+#[derive(Debug)]
+struct Space<M> {
+    mapper: M,
+    /// Whose mappings are there. Locked before any table's own.
+    live: Mutex<Option<Arc<Mappings>>>,
+}
+
+/// What a table maps, by first address.
+type Mappings = Mutex<BTreeMap<u64, Entry>>;
+
+#[derive(Clone, Debug)]
+struct Entry {
+    iova: IovaRange,
+    to: Vec<HostSegment>,
+    access: Access,
+}
+
+impl<M: DmaMapper + 'static> ReplayGroup<M> {
+    /// The group of these endpoints.
+    pub fn new(mapper: M, members: Vec<EndpointId>) -> Self {
+        Self { members, space: Arc::new(Space { mapper, live: Mutex::default() }) }
+    }
+
+    /// What maps for it.
+    pub fn mapper(&self) -> &M {
+        &self.space.mapper
+    }
+}
+
+impl<M: DmaMapper> Space<M> {
+    fn live(&self) -> MutexGuard<'_, Option<Arc<Mappings>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Maps an entry, or nothing of it.
+    fn map(&self, entry: &Entry) -> Result<(), MapError> {
+        let mut done = 0;
+        for segment in &entry.to {
+            let Err(error) = self.mapper.map(entry.iova.start() + done, segment, entry.access) else {
+                done += segment.length();
+                continue;
+            };
+            let Some(mapped) = IovaRange::from_length(entry.iova.start(), done) else {
+                return Err(MapError::Refused(error));
+            };
+            return match self.mapper.unmap(mapped) {
+                Ok(gone) if gone == done => Err(MapError::Refused(error)),
+                Ok(_) | Err(_) => Err(MapError::LeftBehind(error)),
+            };
+        }
+        Ok(())
+    }
+
+    /// Maps everything that a table has. If that fails, nothing is mapped.
+    fn replay(&self, mappings: &Mappings) -> Result<(), HostError> {
+        let entries = lock(mappings);
+        let failure = entries.values().find_map(|entry| self.map(entry).err());
+        drop(entries);
+        match failure {
+            None => Ok(()),
+            Some(error) => {
+                self.clear();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Unmaps everything. This cannot fail: what the host refuses to unmap is asked for again, and what it still refuses is a
+    /// fault of the host that nothing is left to do about.
+    fn clear(&self) {
+        let mut result = self.mapper.unmap(IovaRange::ALL);
+        if result.is_err() {
+            result = self.mapper.unmap(IovaRange::ALL);
+        }
+        if let Err(error) = result {
+            log::error!("the host keeps what is mapped: {error}");
+        }
+    }
+}
+
+fn lock(mappings: &Mappings) -> MutexGuard<'_, BTreeMap<u64, Entry>> {
+    mappings.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<M: DmaMapper + 'static> HostGroup for ReplayGroup<M> {
+    fn members(&self) -> &[EndpointId] {
+        &self.members
+    }
+
+    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
+        Ok(Arc::new(ReplayTable { space: Arc::clone(&self.space), mappings: Arc::default() }))
+    }
+
+    fn can_share(&self, _table: &dyn IoPageTable) -> bool {
+        false
+    }
+
+    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
+        let table: &dyn Any = table.as_ref();
+        let own = table.downcast_ref::<ReplayTable<M>>().filter(|table| Arc::ptr_eq(&table.space, &self.space));
+        let Some(table) = own else {
+            let error = HostError::new(HostErrorKind::Incompatible, "attaching to the table of another group", None);
+            return Err(AttachError { error, after: AfterFailure::PreviousTable });
+        };
+        let mut live = self.space.live();
+        if live.as_ref().is_some_and(|live| Arc::ptr_eq(live, &table.mappings)) {
+            return Ok(());
+        }
+        self.space.clear();
+        let previous = live.take();
+        let Err(error) = self.space.replay(&table.mappings) else {
+            *live = Some(Arc::clone(&table.mappings));
+            return Ok(());
+        };
+        if let Some(previous) = previous
+            && self.space.replay(&previous).is_ok()
+        {
+            *live = Some(previous);
+            return Err(AttachError { error, after: AfterFailure::PreviousTable });
+        }
+        Err(AttachError { error, after: AfterFailure::Blocked })
+    }
+
+    fn is_found_blocked(&self) -> bool {
+        true
+    }
+
+    fn block(&self) {
+        let mut live = self.space.live();
+        self.space.clear();
+        *live = None;
+    }
+}
+
+/// What would be mapped for the group, and is while the group is attached.
+#[derive(Debug)]
+struct ReplayTable<M> {
+    space: Arc<Space<M>>,
+    mappings: Arc<Mappings>,
+}
+
+impl<M: DmaMapper> ReplayTable<M> {
+    fn is_live(&self, live: Option<&Arc<Mappings>>) -> bool {
+        live.is_some_and(|live| Arc::ptr_eq(live, &self.mappings))
+    }
+}
+
+impl<M: DmaMapper + 'static> IoPageTable for ReplayTable<M> {
+    fn map(&self, iova: IovaRange, to: &[HostSegment], access: Access) -> Result<(), MapError> {
+        if access == Access::READ && !self.space.mapper.honours_read_only() {
+            let action = format!("mapping {iova} for reading only");
+            return Err(MapError::Refused(HostError::new(HostErrorKind::Unsupported, action, None)));
+        }
+        let live = self.space.live();
+        let entry = Entry { iova, to: to.to_vec(), access };
+        if self.is_live(live.as_ref()) {
+            self.space.map(&entry)?;
+        }
+        lock(&self.mappings).insert(iova.start(), entry);
+        Ok(())
+    }
+
+    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+        let live = self.space.live();
+        let mut mappings = lock(&self.mappings);
+        let inside: Vec<u64> = mappings.range(iova.start()..=iova.last()).map(|(start, _)| *start).collect();
+        let removed = inside.iter().filter_map(|start| mappings.remove(start));
+        let staged = removed.filter_map(|entry| entry.iova.length()).sum();
+        if !self.is_live(live.as_ref()) {
+            return Ok(staged);
+        }
+        self.space.mapper.unmap(iova).map_err(|error| UnmapError { error, gone: 0 })
+    }
+
+    fn constraints(&self) -> Result<Constraints, HostError> {
+        self.space.mapper.constraints()
+    }
+}
