@@ -3,7 +3,7 @@
 CARGO ?= cargo
 FEATURES = queue iommufd type1 acpi test-utils
 
-.PHONY: all demo test check unit hostvm features fuzz
+.PHONY: all demo test check unit hostvm features fuzz soak
 
 all:
 	$(CARGO) build --release
@@ -36,6 +36,12 @@ unit:
 
 hostvm:
 	@sh tests/hostvm/run
+
+# Sequences of requests with a failure at each call of the kernel, for so many seconds.
+soak: export SOAK_SECONDS = $(SECONDS)
+soak:
+	@$(CARGO) test --release --all-features --lib -- --ignored --nocapture generated::soak
+	@echo "soak: OK"
 
 TARGET ?= requests
 SECONDS ?= 60

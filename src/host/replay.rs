@@ -124,15 +124,17 @@ impl<M: DmaMapper> Space<M> {
         }
     }
 
-    /// Unmaps everything. This cannot fail: what the host refuses to unmap is asked for again, and what it still refuses is a
-    /// fault of the host that nothing is left to do about.
+    /// Unmaps everything, and is content only when the host says that nothing was left to unmap. This cannot fail: a host that
+    /// goes on refusing has a fault that nothing is left to do about.
     fn clear(&self) {
-        let mut result = self.mapper.unmap(IovaRange::ALL);
-        if result.is_err() {
-            result = self.mapper.unmap(IovaRange::ALL);
-        }
-        if let Err(error) = result {
-            log::error!("the host keeps what is mapped: {error}");
+        let mut refusals = 0;
+        loop {
+            match self.mapper.unmap(IovaRange::ALL) {
+                Ok(0) => return,
+                Ok(_) => (),
+                Err(_) if refusals < 2 => refusals += 1,
+                Err(error) => return log::error!("the host keeps what is mapped: {error}"),
+            }
         }
     }
 }
@@ -233,5 +235,71 @@ impl<M: DmaMapper + 'static> IoPageTable for ReplayTable<M> {
 
     fn constraints(&self) -> Result<Constraints, HostError> {
         self.space.mapper.constraints()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::memory::GuestRam;
+    use crate::range::RangeSet;
+
+    /// A mapper that cannot keep a device from writing, and counts what is mapped.
+    #[derive(Debug, Default)]
+    struct Plain {
+        mapped: Mutex<BTreeMap<u64, (u64, Access)>>,
+    }
+
+    impl DmaMapper for Plain {
+        fn map(&self, iova: u64, memory: &HostSegment, access: Access) -> Result<(), HostError> {
+            self.mapped.lock().unwrap().insert(iova, (memory.length(), access));
+            Ok(())
+        }
+
+        fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
+            let mut mapped = self.mapped.lock().unwrap();
+            let inside: Vec<u64> = mapped.range(iova.start()..=iova.last()).map(|(start, _)| *start).collect();
+            Ok(inside.iter().filter_map(|start| mapped.remove(start)).map(|(length, _)| length).sum())
+        }
+
+        fn constraints(&self) -> Result<Constraints, HostError> {
+            Ok(Constraints { usable: RangeSet::from(IovaRange::ALL), granule: 0x1000 })
+        }
+
+        fn honours_read_only(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn reading_only_is_refused_where_it_would_be_widened() {
+        let group = ReplayGroup::new(Plain::default(), vec![EndpointId(1)]);
+        let ram = GuestRam::in_software(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let segments = ram.segments(GuestAddress(0), 0x1000).unwrap();
+        let table = group.new_table().unwrap();
+        let iova: IovaRange = "1000-1fff".parse().unwrap();
+        let Err(MapError::Refused(error)) = table.map(iova, &segments, Access::READ) else {
+            panic!("it was mapped");
+        };
+        assert_eq!(error.kind, HostErrorKind::Unsupported);
+        table.map(iova, &segments, Access::WRITE).unwrap();
+        assert_eq!(group.mapper().mapped.lock().unwrap().len(), 0, "nothing is mapped before the group is attached");
+        group.attach(&table).unwrap();
+        assert_eq!(group.mapper().mapped.lock().unwrap()[&0x1000], (0x1000, Access::WRITE));
+        group.attach(&table).unwrap();
+        group.block();
+        assert_eq!(group.mapper().mapped.lock().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn tables_are_each_groups_own() {
+        let group = || ReplayGroup::new(Plain::default(), vec![EndpointId(1)]);
+        let (one, other) = (group(), group());
+        let table = one.new_table().unwrap();
+        assert!(!one.can_share(table.as_ref()) && !other.can_share(table.as_ref()));
+        let error = other.attach(&table).unwrap_err();
+        assert_eq!((error.error.kind, error.after), (HostErrorKind::Incompatible, AfterFailure::PreviousTable));
     }
 }

@@ -326,17 +326,46 @@ fn run_failing(memories: &[GuestRam], steps: &[Step], at: u64, failure: KernelFa
     }
 }
 
-proptest! {
-    #[test]
-    fn dma_goes_where_the_guest_said_whatever_fails(steps in proptest::collection::vec(step(), 1..24)) {
-        let memories = memories();
-        let calls = run_well(&memories, &steps);
-        let failures = [Errno::NOMEM, Errno::IO, Errno::BUSY, Errno::ADDRINUSE].map(KernelFailure::Errno);
-        let failures: Vec<_> = failures.into_iter().chain([KernelFailure::Short]).collect();
-        for at in 0..calls {
-            let failure = failures[usize::try_from(at).unwrap() % failures.len()];
-            run_failing(&memories, &steps, at, failure, if at % 2 == 0 { 65535 } else { 3 });
-            run_failing(&memories, &steps, at, KernelFailure::Short, 65535);
-        }
+/// Takes all steps: well, then with a failure at each call in turn.
+fn explore(steps: &[Step]) {
+    let memories = memories();
+    let calls = run_well(&memories, steps);
+    let failures = [Errno::NOMEM, Errno::IO, Errno::BUSY, Errno::ADDRINUSE].map(KernelFailure::Errno);
+    for (at, failure) in (0..calls).zip(failures.into_iter().cycle()) {
+        run_failing(&memories, steps, at, failure, if at % 2 == 0 { 65535 } else { 3 });
+        run_failing(&memories, steps, at, KernelFailure::Short, 65535);
     }
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    proptest::collection::vec(step(), 1..24)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn dma_goes_where_the_guest_said_whatever_fails(steps in steps()) {
+        explore(&steps);
+    }
+}
+
+/// The same for as many seconds as `SOAK_SECONDS` says.
+#[test]
+#[ignore = "make soak"]
+fn soak() {
+    let seconds = std::env::var("SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(60);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let mut cases: u64 = 0;
+    while std::time::Instant::now() < end {
+        let config = ProptestConfig { cases: 64, source_file: Some(file!()), ..ProptestConfig::default() };
+        let mut runner = proptest::test_runner::TestRunner::new(config);
+        let result = runner.run(&steps(), |steps| {
+            explore(&steps);
+            Ok(())
+        });
+        result.unwrap_or_else(|failure| panic!("{failure}"));
+        cases += 64;
+    }
+    println!("{cases} sequences in {seconds} s");
 }

@@ -69,6 +69,15 @@ impl Iommufds {
         self.objects.values().filter(|(_, object)| !matches!(object, Object::Device)).count()
     }
 
+    /// How many mappings there are, and how many of them are copies.
+    pub fn mappings(&self) -> (usize, usize) {
+        let areas = self.objects.values().filter_map(|(_, object)| match object {
+            Object::Ioas(areas) => Some(areas.values()),
+            _ => None,
+        });
+        areas.flatten().fold((0, 0), |(all, copies), area| (all + 1, copies + usize::from(area.is_copy)))
+    }
+
     pub fn dma(&self, endpoint: EndpointId, iova: u64, access: Access) -> Option<Place> {
         let group = self.groups.get(self.group_of(endpoint)?)?;
         translate(self.areas(self.ioas_of(group.object?)?)?, iova, access)
@@ -270,14 +279,14 @@ impl IommufdApi for FakeIommufd {
     fn ioas_map(&self, ioas: u32, iova: IovaRange, memory: &HostMemory, access: Access) -> Result<(), Errno> {
         let mut state = self.kernel.lock();
         state.call_or_fail()?;
-        let area = Area { iova, to: Target::Memory(memory.clone()), access };
+        let area = Area { iova, to: Target::Memory(memory.clone()), access, is_copy: false };
         state.iommufds.map(self.number, ioas, area)
     }
 
     fn ioas_map_file(&self, ioas: u32, iova: IovaRange, memory: &FileMemory, access: Access) -> Result<(), Errno> {
         let mut state = self.kernel.lock();
         state.call_or_fail()?;
-        let area = Area { iova, to: Target::File(memory.clone()), access };
+        let area = Area { iova, to: Target::File(memory.clone()), access, is_copy: false };
         state.iommufds.map(self.number, ioas, area)
     }
 
@@ -286,7 +295,7 @@ impl IommufdApi for FakeIommufd {
         state.call_or_fail()?;
         let length = iova.length().ok_or(Errno::INVAL)?;
         let target = state.iommufds.copied(from, source, length, access)?;
-        state.iommufds.map(self.number, to, Area { iova, to: target, access })
+        state.iommufds.map(self.number, to, Area { iova, to: target, access, is_copy: true })
     }
 
     fn ioas_unmap(&self, ioas: u32, iova: IovaRange) -> Result<u64, Errno> {

@@ -59,6 +59,8 @@ pub(super) struct Area {
     pub iova: IovaRange,
     pub to: Target,
     pub access: Access,
+    /// Whether it was copied from another address space.
+    pub is_copy: bool,
 }
 
 /// Memory as it was given: held, as the kernel holds it.
@@ -83,7 +85,9 @@ pub(super) type Areas = BTreeMap<u64, Area>;
 
 /// The mappings that have an address of a range in them.
 pub(super) fn overlapping(areas: &Areas, range: IovaRange) -> Vec<IovaRange> {
-    areas.values().map(|area| area.iova).filter(|iova| iova.overlaps(range)).collect()
+    let before = areas.range(..range.start()).next_back().into_iter();
+    let inside = before.chain(areas.range(range.start()..=range.last()));
+    inside.map(|(_, area)| area.iova).filter(|iova| iova.overlaps(range)).collect()
 }
 
 /// Where an access through these mappings lands.
@@ -181,6 +185,11 @@ impl FakeKernel {
     /// How many address spaces and hardware page tables there are.
     pub fn objects(&self) -> usize {
         self.lock().iommufds.objects()
+    }
+
+    /// How many mappings there are in all address spaces of iommufds, and how many of them were made by copying.
+    pub fn mappings(&self) -> (usize, usize) {
+        self.lock().iommufds.mappings()
     }
 
     /// Where a device's DMA lands; `None` if it is refused.

@@ -117,7 +117,7 @@ impl ContainerApi for FakeContainerFile {
     fn map_dma(&self, iova: IovaRange, memory: &HostMemory, access: Access) -> Result<(), Errno> {
         self.kernel.lock().call_or_fail()?;
         let aligned = memory.address().is_multiple_of(PAGE);
-        let area = Area { iova, to: Target::Memory(memory.clone()), access };
+        let area = Area { iova, to: Target::Memory(memory.clone()), access, is_copy: false };
         self.with(|container| if aligned { container.map(area) } else { Err(Errno::INVAL) })
     }
 
