@@ -8,13 +8,14 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_void};
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
     VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
@@ -35,6 +36,7 @@ pub use info::{InfoError, Type1Info, parse};
 const SET_IOMMU: Opcode = vfio_opcode(2);
 const GROUP_GET_STATUS: Opcode = vfio_opcode(3);
 const GROUP_SET_CONTAINER: Opcode = vfio_opcode(4);
+const GROUP_GET_DEVICE_FD: Opcode = vfio_opcode(6);
 const IOMMU_GET_INFO: Opcode = vfio_opcode(12);
 const IOMMU_MAP_DMA: Opcode = vfio_opcode(13);
 const IOMMU_UNMAP_DMA: Opcode = vfio_opcode(14);
@@ -206,5 +208,44 @@ impl VfioGroup {
         let setter = unsafe { Setter::<GROUP_SET_CONTAINER, _>::new(container) };
         // SAFETY: the file is a group.
         unsafe { ioctl(self.file.as_fd(), setter) }.map_err(|errno| failed(errno, action, HostErrorKind::Incompatible))
+    }
+
+    /// The file of one of the group's devices, by its address: to drive the device by. The group must be in a container with a
+    /// type.
+    ///
+    /// # Errors
+    ///
+    /// There is no such device in the group, or it is open already.
+    pub fn device(&self, address: &str) -> Result<OwnedFd, HostError> {
+        let action = || format!("VFIO_GROUP_GET_DEVICE_FD of {address}");
+        let name = CString::new(address)
+            .map_err(|error| HostError::new(HostErrorKind::Gone, action(), Some(io::Error::other(error))))?;
+        // SAFETY: the file is a group.
+        unsafe { ioctl(self.file.as_fd(), GetDeviceFile(&name)) }
+            .map_err(|errno| failed(errno, action(), HostErrorKind::Gone))
+    }
+}
+
+/// Asks a group for a device's file.
+struct GetDeviceFile<'a>(&'a CStr);
+
+// SAFETY: the code takes the address of a string that ends with a zero, which is only read, and returns a new file of this
+// process's.
+unsafe impl Ioctl for GetDeviceFile<'_> {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        GROUP_GET_DEVICE_FD
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        self.0.as_ptr().cast_mut().cast()
+    }
+
+    unsafe fn output_from_ptr(number: IoctlOutput, _: *mut c_void) -> Result<OwnedFd, Errno> {
+        // SAFETY: the call did not fail, so this is the number of a file that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 }

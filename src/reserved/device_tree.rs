@@ -254,6 +254,8 @@ mod tests {
         tree.put_pci("ranges", &[MEM32, 0, 0x4000_0000, 0, 0x1000_0000, 0, 0x100_0000]);
         tree.put("soc/ranges", &[0, 0, 0x80, 0, 0, 0x2000_0000]);
         assert_eq!(tree.windows(), ["0x40000000-0x40ffffff at 0x8010000000-0x8010ffffff"]);
+        tree.put("soc/ranges", &[0, 0x0800_0000, 0x80, 0, 0, 0x2000_0000]);
+        assert_eq!(tree.windows(), ["0x40000000-0x40ffffff at 0x8008000000-0x8008ffffff"]);
         tree.put("soc/ranges", &[0, 0x2000_0000, 0x80, 0, 0, 0x2000_0000]);
         assert_eq!(tree.windows(), ["0x40000000-0x40ffffff at -"], "no entry leads on");
         fs::remove_file(tree.0.path().join("base/soc/ranges")).unwrap();

@@ -118,6 +118,9 @@ mod tests {
         assert_eq!(vtd("1c0000c40660462\n", "19e2ff0505e\n").as_deref(), Some("0x0-0x7fffffffff"));
         assert_eq!(vtd("d2008c222f0606\n", "f00f1a\n").as_deref(), Some("0x0-0xffffffffffff"));
         assert_eq!(vtd("d2008c222f0606", "880000f00f1a"), None, "it may be half of that");
+        for one_of_them in ["800000f00f1a", "80000f00f1a"] {
+            assert!(vtd("d2008c222f0606", one_of_them).is_some());
+        }
         assert_eq!(vtd("fish", "0"), None);
         let amd = |features: &str| {
             let device = device("iommu/ivhd0", &[("amd-iommu/features", features)]);

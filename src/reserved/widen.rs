@@ -37,6 +37,11 @@ mod tests {
         assert_eq!(widened(3, &["1800-1fff"]).as_deref(), Some("0x0-0xfff, 0x2000-0x2fff, 0x8000-0xafff"));
         assert_eq!(widened(1, &[]).as_deref(), Some("0x0-0xafff"));
         assert_eq!(widened(1, &["1800-1fff"]), None);
+        // Memory beside a gap is in no gap.
+        assert_eq!(widened(3, &["fff-fff", "2000-2000"]).as_deref(), Some("0x0-0x2fff, 0x8000-0x8fff, 0xa000-0xafff"));
+        let kept = Some("0x0-0xfff, 0x2000-0x2fff, 0x8000-0xafff");
+        assert_eq!(widened(3, &["1000-1000"]).as_deref(), kept);
+        assert_eq!(widened(3, &["1fff-1fff"]).as_deref(), kept);
         assert_eq!(widened(0, &[]), None);
     }
 

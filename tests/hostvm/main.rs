@@ -15,5 +15,6 @@ mod demo;
 mod edu;
 mod guest;
 mod inspect;
+mod model;
 mod pci;
 mod rmrr;

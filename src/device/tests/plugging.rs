@@ -82,6 +82,9 @@ fn an_endpoint_that_is_removed_reaches_nothing_and_leaves_nothing() {
         assert_eq!(machine.reads(LEFT, 0x5000), Some(0x2000));
         assert_eq!(machine.send(&map_bytes(2, range("6000-6fff"), 0x3000, READ), 4).status, OK);
         assert_eq!(machine.reads(LEFT, 0x6000), Some(0x3000));
+        assert_eq!(machine.send(&attach_bytes(3, LEFT, 0), 4).status, OK);
+        assert_eq!(machine.reads(LEFT, 0x6000), None);
+        assert_eq!(machine.send(&attach_bytes(2, LEFT, 0), 4).status, OK);
         // The ID is used again, and inherits nothing.
         let group = machine.host.regroup(&[LONE], usable());
         machine.device.add_group(group, vec![(LONE, msi_view())]).unwrap();

@@ -53,6 +53,14 @@ struct Device {
     attached: bool,
 }
 
+impl Group {
+    /// What the IOMMU translates for the group, whatever it reserves of that.
+    fn aperture(&self) -> RangeSet {
+        let ends = self.usable.first().zip(self.usable.last());
+        ends.and_then(|(first, last)| IovaRange::new(first.start(), last.last())).into_iter().collect()
+    }
+}
+
 impl Iommufds {
     pub fn open(&mut self) -> RawFd {
         self.opened += 1;
@@ -117,14 +125,17 @@ impl Iommufds {
         self.groups.iter().filter(is_on)
     }
 
+    /// What can be mapped: what every attached group can use, and what every hardware page table translates.
     fn constraints(&self, ioas: u32) -> Constraints {
+        let tables = self.objects.values().filter_map(|(_, object)| match object {
+            Object::HardwareTable { ioas: own, group } if *own == ioas => self.groups.get(*group),
+            _ => None,
+        });
+        let apertures: Vec<RangeSet> = tables.map(Group::aperture).collect();
+        let attached: Vec<RangeSet> = self.attached(ioas).map(|group| group.usable.clone()).collect();
+        let granule = if apertures.is_empty() && attached.is_empty() { 1 } else { PAGE };
         let all = RangeSet::from(IovaRange::ALL);
-        let usable = self.attached(ioas).fold(all, |usable, group| usable.intersect(&group.usable));
-        let has_table = self
-            .objects
-            .values()
-            .any(|(_, object)| matches!(object, Object::HardwareTable { ioas: own, .. } if *own == ioas));
-        let granule = if has_table || self.attached(ioas).next().is_some() { PAGE } else { 1 };
+        let usable = apertures.iter().chain(&attached).fold(all, |usable, own| usable.intersect(own));
         Constraints { usable, granule }
     }
 
@@ -136,9 +147,12 @@ impl Iommufds {
 
     /// `iopt_map_pages()`: alignment, then what can be used, then what is there.
     fn map(&mut self, owner: RawFd, ioas: u32, area: Area) -> Result<(), Errno> {
+        if area.access.is_none() {
+            return Err(Errno::INVAL);
+        }
         self.areas_mut(owner, ioas)?;
         let Constraints { usable, granule } = self.constraints(ioas);
-        if area.access.is_none() || !area.iova.is_aligned(granule) {
+        if !area.iova.is_aligned(granule) {
             return Err(Errno::INVAL);
         }
         if !usable.covers(area.iova) {
@@ -186,7 +200,18 @@ impl Iommufds {
         let group =
             self.groups.iter().position(|group| group.devices.values().any(|own| own.bound == Some((owner, device))));
         let group = group.ok_or(Errno::NOENT)?;
-        self.areas_mut(owner, ioas)?;
+        // Nothing is nested in another hardware page table.
+        if let Some((own, Object::HardwareTable { .. })) = self.objects.get(&ioas)
+            && *own == owner
+        {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let areas = self.areas_mut(owner, ioas).map_err(|_| Errno::INVAL)?;
+        let mapped: Vec<IovaRange> = areas.values().map(|area| area.iova).collect();
+        let aperture = self.groups.get(group).map(Group::aperture).unwrap_or_default();
+        if !mapped.iter().all(|iova| aperture.covers(*iova) && iova.is_aligned(PAGE)) {
+            return Err(Errno::ADDRINUSE);
+        }
         Ok(self.alloc(owner, Object::HardwareTable { ioas, group }))
     }
 

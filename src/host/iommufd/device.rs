@@ -41,6 +41,11 @@ impl VfioDevice {
         Self { api, name }
     }
 
+    /// The calls that it takes.
+    pub fn api(&self) -> &dyn VfioDeviceApi {
+        self.api.as_ref()
+    }
+
     /// What it is called in messages.
     pub fn name(&self) -> &str {
         &self.name

@@ -40,6 +40,11 @@ impl Iommufd {
         Self { api }
     }
 
+    /// The calls that it takes.
+    pub fn api(&self) -> &dyn IommufdApi {
+        self.api.as_ref()
+    }
+
     /// Makes an empty address space.
     ///
     /// # Errors

@@ -74,6 +74,11 @@ impl Container {
         Self { api }
     }
 
+    /// The calls that it takes.
+    pub fn api(&self) -> &dyn ContainerApi {
+        self.api.as_ref()
+    }
+
     /// Makes it a container of type1, version 2. It must have a group.
     ///
     /// # Errors
