@@ -13,6 +13,7 @@ mod check;
 mod daemon;
 mod demo;
 mod edu;
+mod embedded;
 mod guest;
 mod inspect;
 mod model;
