@@ -12,7 +12,7 @@ use rustix::fs::{FileType, fstat, major, minor};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
-pub(crate) use passed::{Adopted, adopt};
+pub(crate) use passed::{Adopted, adopt, close_inherited};
 
 /// What a passed file should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -178,6 +178,22 @@ mod passed {
         // keeps it from being adopted again.
         let file = unsafe { OwnedFd::from_raw_fd(number) };
         Ok(Adopted { file, node, sysfs })
+    }
+
+    /// Closes every file that this process inherited but standard input, output and error, and those that were adopted. To be
+    /// called while the process starts, as [`adopt`].
+    pub(crate) fn close_inherited() {
+        let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+        let numbers: Vec<RawFd> = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        for number in numbers.into_iter().filter(|number| *number > 2) {
+            // SAFETY: as in `adopt`.
+            let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+            if fcntl_getfd(borrowed).is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
+                // SAFETY: as in `adopt`: it was inherited, so nothing in this process owns it.
+                drop(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        }
     }
 
     #[cfg(test)]

@@ -7,9 +7,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use log::{LevelFilter, error};
 use virtio_iommu::causes::with_causes;
-use virtio_iommu::vhost_user::{Arguments, serve};
+use virtio_iommu::vhost_user::{Arguments, serve, watch_if_asked};
 
 fn main() -> ExitCode {
+    if let Some(code) = watch_if_asked() {
+        return code;
+    }
     let arguments = Arguments::parse();
     env_logger::Builder::new()
         .filter_level(arguments.log_level)

@@ -19,6 +19,7 @@ use super::args::OnStop;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
 use crate::device::{Statistics, VirtioIommu};
+use crate::id::EndpointId;
 use crate::memory::GuestRam;
 use crate::queue::{Batch, deliver_faults, process_requests};
 use crate::spec;
@@ -106,6 +107,13 @@ impl IommuBackend {
         state.device.shut_down();
         state.log_notices();
         state.device.statistics()
+    }
+
+    /// Takes away an endpoint whose device the host wants back. When this returns its file is closed.
+    pub fn remove_endpoint(&self, endpoint: EndpointId) {
+        let mut state = self.lock();
+        state.device.remove_endpoint(endpoint);
+        self.finish(state);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -4,14 +4,18 @@
 
 mod args;
 mod backend;
+mod nodes;
 mod restart;
 mod serve;
 mod setup;
 mod socket;
 mod throttle;
+mod watcher;
 
 pub use args::{Arguments, EndpointArgument, OnOff, OnStop, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend};
+pub use nodes::DeviceNode;
 pub use serve::{ServeError, serve};
-pub use setup::{SetupError, build_device};
+pub use setup::{BuiltDevice, SetupError, build_device};
 pub use socket::{SocketError, bind};
+pub use watcher::watch_if_asked;

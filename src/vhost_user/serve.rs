@@ -5,8 +5,8 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use log::{error, info, warn};
@@ -18,8 +18,10 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
-use super::setup::{SetupError, build_device};
+use super::nodes::{self, DeviceNode, NodeWatch};
+use super::setup::{BuiltDevice, SetupError, build_device};
 use super::socket::{SocketError, bind};
+use super::watcher::Watcher;
 
 /// How long the connection's thread has to end after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -33,6 +35,9 @@ pub enum ServeError {
     /// The socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Nobody would hold the devices after this process.
+    #[error("cannot start a watcher for the devices")]
+    Watcher(#[source] io::Error),
     /// Events or signals cannot be had.
     #[error("cannot set up events and signals")]
     Events(#[source] io::Error),
@@ -52,7 +57,7 @@ impl ServeError {
             Self::Setup(_) => 3,
             Self::Socket(SocketError::NotASocket(_) | SocketError::InUse(_)) => 2,
             Self::Protocol(_) => 4,
-            Self::Socket(_) | Self::Events(_) | Self::Daemon(_) => 1,
+            Self::Socket(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
         }
     }
 }
@@ -66,9 +71,26 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
-    let device = build_device(arguments)?;
+    // Before the files are adopted: it inherits them as they are.
+    let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
+    let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
+    let watcher = Arc::new(Mutex::new(watcher));
+    let result = serve_watched(arguments, &watcher);
+    // What was to be let go was.
+    drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
+    result
+}
+
+type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
+
+fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), ServeError> {
+    let BuiltDevice { device, nodes } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
+
+    if !nodes.is_empty() {
+        watch_nodes(nodes, &backend, watcher).map_err(ServeError::Events)?;
+    }
 
     let mut signals = Signals::new().map_err(ServeError::Events)?;
     let listener = bind(&arguments.socket_path)?;
@@ -78,6 +100,21 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     // Nobody else can connect. That the socket is gone already is no failure.
     let _ = fs::remove_file(&arguments.socket_path);
     result
+}
+
+/// Has endpoints removed whose devices the host wants back.
+fn watch_nodes(nodes: Vec<DeviceNode>, backend: &Arc<IommuBackend>, watcher: &SharedWatcher) -> io::Result<()> {
+    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref(), nodes)?;
+    let (backend, watcher) = (Arc::clone(backend), Arc::clone(watcher));
+    let remove = move |place, node: &DeviceNode| {
+        warn!("endpoint {}: the host takes its device back (/dev/{} is gone)", node.endpoint, node.name);
+        backend.remove_endpoint(node.endpoint);
+        if let Some(watcher) = watcher.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            watcher.release(place);
+        }
+    };
+    std::thread::Builder::new().name("nodes".to_owned()).spawn(move || watch.watch(remove))?;
+    Ok(())
 }
 
 /// Asks for SIGTERM when the parent ends.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use log::{info, warn};
 
 use super::args::{Arguments, EndpointArgument, OnOff};
+use super::nodes::DeviceNode;
 use crate::device::{self, Settings, VirtioIommu};
 use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
@@ -158,8 +159,19 @@ struct Assigned {
     id: EndpointId,
     host: PciAddress,
     device: VfioDevice,
+    /// The name of its file's node below `/dev`.
+    node: String,
     group: IommuGroup,
     facts: HostFacts,
+}
+
+/// A device, and where its endpoints' device files came from.
+#[derive(Debug)]
+pub struct BuiltDevice {
+    /// The device.
+    pub device: VirtioIommu,
+    /// The nodes, in the order of the arguments.
+    pub nodes: Vec<DeviceNode>,
 }
 
 /// Makes the device that the arguments ask for.
@@ -167,7 +179,7 @@ struct Assigned {
 /// # Errors
 ///
 /// [`SetupError`]
-pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
+pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
     let sysfs = Sysfs::new("/sys");
     let iommufd = arguments.iommufd_fd.map(|number| adopt(number, FileKind::Iommufd)).transpose()?;
     let facts = arguments.facts.as_deref().map(FactsFile::read).transpose()?;
@@ -187,11 +199,13 @@ pub fn build_device(arguments: &Arguments) -> Result<VirtioIommu, SetupError> {
     }
     let settings = settings(arguments, &plan);
     let endpoints = plan.endpoints.into_iter().map(|planned| (planned.id, planned.view)).collect();
+    let node = |assigned: &Assigned| DeviceNode { endpoint: assigned.id, name: assigned.node.clone() };
+    let nodes = assigned.iter().map(node).collect();
     let groups = match iommufd {
         Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)?), assigned),
         None => Vec::new(),
     };
-    Ok(VirtioIommu::new(settings, endpoints, groups)?)
+    Ok(BuiltDevice { device: VirtioIommu::new(settings, endpoints, groups)?, nodes })
 }
 
 fn settings(arguments: &Arguments, plan: &Plan) -> Settings {
@@ -219,7 +233,7 @@ fn assign(
     let path = place.join("device");
     let target = fs::canonicalize(&path).ok();
     let found = target.and_then(|target| target.file_name()?.to_str()?.parse().ok());
-    let found: PciAddress = found.ok_or(SetupError::Untraceable { node, path })?;
+    let found: PciAddress = found.ok_or(SetupError::Untraceable { node: node.clone(), path })?;
     if let Some(host) = endpoint.host.filter(|host| *host != found) {
         return Err(SetupError::WrongDevice { id, cdev_fd: endpoint.cdev_fd, found, host });
     }
@@ -240,7 +254,7 @@ fn assign(
         }
     };
     arguments.policy.amend(&mut facts);
-    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, group, facts })
+    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, node, group, facts })
 }
 
 /// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.

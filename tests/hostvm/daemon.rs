@@ -49,6 +49,12 @@ impl Daemon {
         Self { child, socket, log }
     }
 
+    /// Ends the daemon without a chance to do anything about it.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }

@@ -66,6 +66,7 @@ impl Vmm {
 
     pub fn machine(&self, daemon: &Daemon) -> Machine {
         let mut machine = Machine::connect(&daemon.socket, self.memory.clone());
+        machine.forget_ring();
         machine.start();
         machine
     }

@@ -16,6 +16,7 @@ mod edu;
 mod embedded;
 mod guest;
 mod inspect;
+mod leaving;
 mod model;
 mod pci;
 mod rmrr;
