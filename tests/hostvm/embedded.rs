@@ -5,6 +5,9 @@
 
 use std::fs::{self, File};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
@@ -271,5 +274,98 @@ mod two {
             assert!(!vmm.write_lands(0, 0x500_0000, 0x2_0000));
             assert!(!vmm.write_lands(1, 0x500_0000, 0x2_0000));
         }
+    }
+}
+
+/// A device that writes to one address over and over until this is dropped.
+struct Hammer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Hammer {
+    fn new(file: &File, iova: u64) -> Self {
+        let (file, stop) = (file.try_clone().unwrap(), Arc::new(AtomicBool::new(false)));
+        let stopped = Arc::clone(&stop);
+        let hammer = move || {
+            let edu = Edu::new(&file);
+            while !stopped.load(Ordering::Relaxed) {
+                edu.write(iova, PAGE);
+            }
+        };
+        Self { stop, thread: Some(std::thread::spawn(hammer)) }
+    }
+}
+
+impl Drop for Hammer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let result = self.thread.take().unwrap().join();
+        assert!(result.is_ok() || std::thread::panicking());
+    }
+}
+
+impl Vmm {
+    /// Fills a page and looks whether a device that writes all the time changes it within some of its writes.
+    fn is_hit(&self, physical: u64) -> bool {
+        self.memory.write_slice(&[0x11; PAGE as usize], GuestAddress(physical)).unwrap();
+        let end = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < end {
+            let mut bytes = [0; PAGE as usize];
+            self.memory.read_slice(&mut bytes, GuestAddress(physical)).unwrap();
+            if bytes != [0x11; PAGE as usize] {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn stress_dma_ends_with_the_answer_and_lands_nowhere_else() {
+    const IOVA: u64 = 0x400_0000;
+    // What domains 1 and 2 map the address to, and bypass.
+    const PAGES: [u64; 3] = [0x1_0000, 0x2_0000, 0x3_0000];
+    for backend in BACKENDS {
+        println!("{backend:?}");
+        let mut vmm = Vmm::new(&[find(EDU)], backend);
+        let edu = vmm.endpoint(0);
+        for (domain, physical) in [(1, PAGES[0]), (2, PAGES[1])] {
+            assert_eq!(vmm.send(&attach(domain, edu, 0)), OK);
+            assert_eq!(vmm.map_page(domain, IOVA, physical, READ | WRITE), OK);
+            if domain == 1 {
+                vmm.load(0, IOVA, physical);
+            }
+        }
+        let hammer = Hammer::new(&vmm.files[0].1, IOVA);
+        // Domain 1 ceased to exist when its endpoint left: each turn makes one anew, while the device writes.
+        for turn in 0..2 {
+            let domain = 1 + turn % 2;
+            let physical = PAGES[usize::try_from(domain - 1).unwrap()];
+            assert_eq!(vmm.send(&attach(domain, edu, 0)), OK);
+            if turn > 0 {
+                assert!(!vmm.is_hit(PAGES[usize::try_from(2 - domain).unwrap()]), "the domain before is still reached");
+            }
+            assert_eq!(vmm.send(&unmap(domain, 0, 1 << 32)), OK);
+            assert_eq!(vmm.map_page(domain, IOVA, physical, READ | WRITE), OK);
+            assert!(vmm.is_hit(physical), "the device writes");
+            assert_eq!(vmm.send(&unmap(domain, IOVA, PAGE)), OK);
+            assert!(!vmm.is_hit(physical), "a byte changed after UNMAP was answered");
+            assert_eq!(vmm.map_page(domain, IOVA, physical, READ | WRITE), OK);
+            assert!(vmm.is_hit(physical));
+            assert!(!vmm.is_hit(PAGES[2]));
+            // In bypass the address is no memory; back out of it, nothing is reached.
+            assert_eq!(vmm.send(&attach(9, edu, 1)), OK);
+            assert!(!vmm.is_hit(physical), "a byte changed after ATTACH was answered");
+            assert_eq!(vmm.send(&detach(9, edu)), OK);
+            assert_eq!(vmm.send(&attach(domain, edu, 0)), OK);
+            assert_eq!(vmm.map_page(domain, IOVA, physical, READ | WRITE), OK);
+            assert!(vmm.is_hit(physical));
+            assert_eq!(vmm.send(&detach(domain, edu)), OK);
+            assert!(!vmm.is_hit(physical), "a byte changed after DETACH was answered");
+        }
+        drop(hammer);
+        vmm.device.shut_down();
     }
 }
