@@ -71,7 +71,7 @@
 //! the same iommufd can undo what this device did in it.
 //!
 //! What this does not cover: a process that is killed leaves its mappings in force as long as somebody else holds the
-//! iommufd. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
+//! iommufd; the daemon has a watcher that detaches the devices then, unless it is killed too. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
 //! a guest has no interrupt remapping behind this device: an assigned device can send interrupts that its driver did not
 //! set up. A vhost-user frontend whose notification file blocks at the moment it is passed can hold up the connection's thread:
 //! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM.

@@ -80,7 +80,8 @@ impl VirtioIommu {
         if space.poisoned {
             return Err(Status::DeviceError);
         }
-        if space.mappings.len() >= self.settings.max_mappings {
+        let in_all: usize = self.domains.values().filter_map(Domain::space).map(|space| space.mappings.len()).sum();
+        if space.mappings.len() >= self.settings.max_mappings || in_all >= self.settings.max_mappings_in_all {
             return Err(Status::NoMemory);
         }
         Ok(())

@@ -63,6 +63,8 @@ pub struct Settings {
     pub max_domains: usize,
     /// How many mappings a domain may have; 2^20 by default.
     pub max_mappings: usize,
+    /// How many mappings all domains may have together; 2^22 by default.
+    pub max_mappings_in_all: usize,
 }
 
 impl Settings {
@@ -80,6 +82,7 @@ impl Settings {
             access_platform: false,
             max_domains: 4096,
             max_mappings: 1 << 20,
+            max_mappings_in_all: 1 << 22,
         }
     }
 

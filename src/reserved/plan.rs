@@ -207,7 +207,11 @@ pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Pl
             return Err(PlanError::NothingUsable { endpoint: *endpoint, input_range: IovaRange::ALL });
         }
     }
-    let input_range = input_range(policy, &findings).ok_or(PlanError::NoEndpoint)?;
+    let input_range = input_range(policy, &findings).ok_or_else(|| match endpoints.first() {
+        // All that any of them can use is wider than the operator wants.
+        Some((endpoint, _)) => PlanError::NothingUsable { endpoint: *endpoint, input_range: widest(policy) },
+        None => PlanError::NoEndpoint,
+    })?;
     let planned = endpoints.iter().zip(&findings);
     let endpoints = planned.map(|((id, facts), found)| plan_endpoint(*id, facts, found, policy, input_range));
     Ok(Plan { input_range, endpoints: endpoints.collect::<Result<_, _>>()? })
@@ -276,11 +280,16 @@ fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
     }
     let start = findings.iter().filter_map(|found| found.usable.first()).map(IovaRange::start).min()?;
     let last = findings.iter().filter_map(|found| found.usable.last()).map(IovaRange::last).max()?;
-    let widest = match policy.max_address_width {
+    IovaRange::new(start, last.min(widest(policy).last()))
+}
+
+/// What the operator wants to offer at most.
+fn widest(policy: &Policy) -> IovaRange {
+    let last = match policy.max_address_width {
         Some(width) if width < 64 => (1 << width) - 1,
         _ => u64::MAX,
     };
-    IovaRange::new(start, last.min(widest))
+    IovaRange::new(0, last).unwrap_or(IovaRange::ALL)
 }
 
 fn plan_endpoint(

@@ -61,6 +61,14 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1 << 20)]
     pub max_mappings: usize,
 
+    /// How many mappings all guest domains may have together.
+    #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+    pub max_mappings_in_all: usize,
+
+    /// How many domains a guest may have.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    pub max_domains: usize,
+
     /// End when the process that started this one ends, whether or not a frontend is there.
     #[arg(long)]
     pub exit_with_parent: bool,

@@ -217,7 +217,9 @@ fn settings(arguments: &Arguments, plan: &Plan) -> Settings {
         probe_size: defaults.probe_size.max(needed),
         boot_bypass: arguments.boot_bypass == OnOff::On,
         access_platform: arguments.access_platform,
+        max_domains: arguments.max_domains,
         max_mappings: arguments.max_mappings,
+        max_mappings_in_all: arguments.max_mappings_in_all,
         ..defaults
     }
 }

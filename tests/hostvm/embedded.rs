@@ -36,13 +36,13 @@ const WRITE: u32 = 2;
 
 /// How the VMM reaches the host's IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Backend {
+pub enum Backend {
     Type1,
     Bound,
     Pinned,
 }
 
-const BACKENDS: [Backend; 3] = [Backend::Type1, Backend::Bound, Backend::Pinned];
+pub const BACKENDS: [Backend; 3] = [Backend::Type1, Backend::Bound, Backend::Pinned];
 
 struct Vmm {
     device: VirtioIommu,
@@ -53,7 +53,8 @@ struct Vmm {
     _group: Option<VfioGroup>,
 }
 
-fn group_of(
+/// The group of these devices, what it can use, and the files to drive them by.
+pub fn group_of(
     addresses: &[PciAddress],
     backend: Backend,
 ) -> (Arc<dyn HostGroup>, RangeSet, Vec<File>, Option<VfioGroup>) {

@@ -10,6 +10,7 @@
 mod common;
 
 mod check;
+mod costs;
 mod daemon;
 mod demo;
 mod edu;

@@ -158,6 +158,19 @@ fn there_is_a_cap_on_mappings() {
 }
 
 #[test]
+fn there_is_a_cap_on_mappings_of_all_domains_together() {
+    let mut machine = Machine::with(Flavour::Iommufd, Settings { max_mappings_in_all: 2, ..settings() });
+    machine.attach(1, LONE);
+    machine.attach(2, LEFT);
+    assert_eq!(machine.map(1, "0-fff", 0, READ), OK);
+    assert_eq!(machine.map(2, "0-fff", 0, READ), OK);
+    assert_eq!(machine.map(1, "1000-1fff", 0, READ), NOMEM);
+    assert_eq!(machine.map(2, "1000-1fff", 0, READ), NOMEM);
+    assert_eq!(machine.detach(2, LEFT), OK);
+    assert_eq!(machine.map(1, "1000-1fff", 0, READ), OK);
+}
+
+#[test]
 fn software_endpoints_need_no_host() {
     let group: Arc<dyn HostGroup> = Arc::new(SoftwareGroup::new(vec![LONE], 0x1000));
     let mut device = VirtioIommu::new(settings(), vec![(LONE, msi_view())], vec![group]).unwrap();
