@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_iommu::access::Access;
-use virtio_iommu::host::HostGroup;
 use virtio_iommu::memory::GuestRam;
 use virtio_iommu::range::IovaRange;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};

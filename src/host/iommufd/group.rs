@@ -292,7 +292,8 @@ impl PinnedSource {
     }
 }
 
-#[cfg(all(test, feature = "type1"))]
+#[cfg(test)]
+#[cfg(feature = "type1")]
 mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use rustix::io::Errno;
