@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use rustix::io::Errno;
 use virtio_iommu::access::Access;
 use virtio_iommu::host::fake::kernel::FakeKernel;
@@ -135,8 +135,10 @@ impl Side {
     }
 }
 
+/// The same sequences each time.
 fn runner(cases: u32) -> TestRunner {
-    TestRunner::new(Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() })
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() };
+    TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
 }
 
 #[test]
@@ -154,7 +156,7 @@ fn iommufd_does_what_its_model_does() {
     let usable = real.lock().unwrap().iommufd.api().ioas_iova_ranges(fresh.id()).unwrap().usable;
     real.lock().unwrap().device.detach();
     drop(fresh);
-    let result = runner(300).run(&proptest::collection::vec(call(), 1..40), |calls| {
+    let result = runner(1500).run(&proptest::collection::vec(call(), 1..40), |calls| {
         let kernel = FakeKernel::new();
         let mut model = Side::new(kernel.iommufd(), kernel.devices(&[DEVICE], &usable).remove(0).1);
         let mut real = real.lock().unwrap();
@@ -196,7 +198,7 @@ fn type1_does_what_its_model_does() {
     let memory: GuestMemoryMmap = guest_memory(0x10_0000);
     let ram = GuestRam::from_mmap(&memory).unwrap();
     let step = (iova(), length(), 0..8u64, 0..4u8, 0..3u8);
-    let result = runner(300).run(&proptest::collection::vec(step, 1..60), |steps| {
+    let result = runner(1000).run(&proptest::collection::vec(step, 1..60), |steps| {
         let kernel = FakeKernel::new();
         let model = kernel.container(&[DEVICE], usable.clone(), LIMIT);
         for (iova, length, page, flags, what) in steps {

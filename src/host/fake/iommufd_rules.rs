@@ -179,21 +179,27 @@ impl Iommufds {
         if splits { Err(Errno::NOENT) } else { Ok(gone) }
     }
 
-    /// Where another address space has a whole range mapped, as one area.
-    fn copied(&self, from: u32, source: u64, length: u64, access: Access) -> Result<Target, Errno> {
+    /// What another address space has at a whole range, piece by piece (`iopt_get_pages()`).
+    fn copied(&self, from: u32, source: IovaRange, access: Access) -> Result<Vec<(IovaRange, Target)>, Errno> {
         let areas = self.areas(from).ok_or(Errno::NOENT)?;
-        let range = IovaRange::from_length(source, length).ok_or(Errno::OVERFLOW)?;
-        let (_, area) = areas.range(..=source).next_back().ok_or(Errno::NOENT)?;
-        if !area.iova.covers(range) {
-            return Err(Errno::NOENT);
+        let mut pieces = Vec::new();
+        let mut next = Some(source.start());
+        for inside in overlapping(areas, source) {
+            let part = inside.intersection(source).filter(|part| Some(part.start()) == next).ok_or(Errno::NOENT)?;
+            let area = areas.get(&inside.start()).ok_or(Errno::NOENT)?;
+            if access.write && !area.access.write {
+                return Err(Errno::PERM);
+            }
+            let offset = part.start() - inside.start();
+            let target = match &area.to {
+                Target::Memory(memory) => Target::Memory(memory.at(offset)),
+                Target::File(file) => Target::File(file.at(offset)),
+            };
+            pieces.push((part, target));
+            next = part.last().checked_add(1);
         }
-        if access.write && !area.access.write {
-            return Err(Errno::PERM);
-        }
-        Ok(match &area.to {
-            Target::Memory(memory) => Target::Memory(memory.at(source - area.iova.start())),
-            Target::File(file) => Target::File(file.at(source - area.iova.start())),
-        })
+        let is_whole = pieces.last().is_some_and(|(part, _)| part.last() == source.last());
+        if is_whole { Ok(pieces) } else { Err(Errno::NOENT) }
     }
 
     fn hwpt_alloc(&mut self, owner: RawFd, device: u32, ioas: u32) -> Result<u32, Errno> {
@@ -207,9 +213,9 @@ impl Iommufds {
             return Err(Errno::OPNOTSUPP);
         }
         let areas = self.areas_mut(owner, ioas).map_err(|_| Errno::INVAL)?;
-        let mapped: Vec<IovaRange> = areas.values().map(|area| area.iova).collect();
+        let mapped: Vec<(IovaRange, bool)> = areas.values().map(|area| (area.iova, area.is_aligned())).collect();
         let aperture = self.groups.get(group).map(Group::aperture).unwrap_or_default();
-        if !mapped.iter().all(|iova| aperture.covers(*iova) && iova.is_aligned(PAGE)) {
+        if !mapped.iter().all(|(iova, is_aligned)| aperture.covers(*iova) && *is_aligned) {
             return Err(Errno::ADDRINUSE);
         }
         Ok(self.alloc(owner, Object::HardwareTable { ioas, group }))
@@ -257,7 +263,7 @@ impl Iommufds {
         }
         let areas = self.ioas_of(object).and_then(|ioas| self.areas(ioas)).ok_or(Errno::NOENT)?;
         let group = self.groups.get(index).ok_or(Errno::NODEV)?;
-        if !areas.values().all(|area| group.usable.covers(area.iova) && area.iova.is_aligned(PAGE)) {
+        if !areas.values().all(|area| group.usable.covers(area.iova) && area.is_aligned()) {
             return Err(Errno::ADDRINUSE);
         }
         let is_attached = group.devices.get(&endpoint).is_some_and(|device| device.attached);
@@ -319,8 +325,25 @@ impl IommufdApi for FakeIommufd {
         let mut state = self.kernel.lock();
         state.call_or_fail()?;
         let length = iova.length().ok_or(Errno::INVAL)?;
-        let target = state.iommufds.copied(from, source, length, access)?;
-        state.iommufds.map(self.number, to, Area { iova, to: target, access, is_copy: true })
+        let source = IovaRange::from_length(source, length).ok_or(Errno::OVERFLOW)?;
+        let mut pieces = state.iommufds.copied(from, source, access)?;
+        // The range is taken as a whole; in it is an area for each piece.
+        let (_, first) = pieces.first().ok_or(Errno::NOENT)?;
+        state.iommufds.map(self.number, to, Area { iova, to: first.clone(), access, is_copy: true })?;
+        let granule = state.iommufds.constraints(to).granule;
+        let areas = state.iommufds.areas_mut(self.number, to)?;
+        areas.remove(&iova.start());
+        let place = |(part, to): (IovaRange, Target)| {
+            let start = iova.start() + (part.start() - source.start());
+            let iova = IovaRange::from_length(start, part.length()?)?;
+            Some(Area { iova, to, access, is_copy: true })
+        };
+        let placed: Vec<Area> = pieces.drain(..).filter_map(place).collect();
+        if granule == PAGE && !placed.iter().all(Area::is_aligned) {
+            return Err(Errno::INVAL);
+        }
+        areas.extend(placed.into_iter().map(|area| (area.iova.start(), area)));
+        Ok(())
     }
 
     fn ioas_unmap(&self, ioas: u32, iova: IovaRange) -> Result<u64, Errno> {

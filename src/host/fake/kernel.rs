@@ -63,6 +63,14 @@ pub(super) struct Area {
     pub is_copy: bool,
 }
 
+impl Area {
+    /// Whether a hardware page table can have it: whole pages on both sides (`iopt_area_alignment()`).
+    pub fn is_aligned(&self) -> bool {
+        let (Place::Address(start) | Place::File(_, start)) = self.to.at(0);
+        self.iova.is_aligned(PAGE) && start.is_multiple_of(PAGE)
+    }
+}
+
 /// Memory as it was given: held, as the kernel holds it.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
