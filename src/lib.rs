@@ -41,7 +41,7 @@
 //! # }
 //! ```
 //!
-//! With feature `queue`, [`queue::process_requests`] does that for a whole virtqueue. With feature `iommufd`,
+//! With feature `queue`, [`queue::Requests`] does that for a whole virtqueue. With feature `iommufd`,
 //! [`host::iommufd::IommufdGroup`] stands for a group of assigned devices. A VMM implements [`host::HostGroup`] and
 //! [`host::IoPageTable`] for anything else that translates.
 //!

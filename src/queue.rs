@@ -2,24 +2,23 @@
 
 //! The two virtqueues: requests in, events out.
 //!
-//! Both functions work on any [`QueueT`] over any guest memory, within a budget, and say whether the driver is to be
-//! notified. A queue that the driver has broken is an error: nothing more can be said on it until it is set up again.
+//! Both work on any [`QueueT`] over any guest memory, within a budget, and say whether the driver is to be notified. A queue that the driver has broken is an error: nothing more can be said on it until it is set up again.
 
 #![forbid(unsafe_code)]
 
 use std::num::Wrapping;
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
-use crate::device::VirtioIommu;
-use crate::request::LARGEST_REPLY;
-use crate::spec;
+use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 
-/// How many descriptors a chain may have. A request of one byte to a descriptor fits; an indirect table of 65535 empty ones
-/// is returned unwritten.
-const MOST_DESCRIPTORS: usize = 256;
+mod chain;
+#[cfg(test)]
+mod tests;
+
+use chain::Chain;
 
 /// The flag in an available ring that asks for no interrupts (2.7.6).
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -29,7 +28,7 @@ const AVAIL_F_NO_INTERRUPT: u16 = 1;
 pub struct Batch {
     /// How many descriptor chains were returned.
     pub handled: usize,
-    /// The budget was used up: there may be more, for which the driver will not kick again.
+    /// The budget was used up, or a large MAP is under way: there may be more, for which the driver will not kick again.
     pub more: bool,
     /// The driver is to be notified.
     pub notify: bool,
@@ -54,41 +53,98 @@ pub enum QueueError {
     Ring(#[from] virtio_queue::Error),
 }
 
-/// Handles requests until none is available, or `budget` of them have been returned.
-///
-/// # Errors
-///
-/// [`QueueError`]: the queue cannot be used further. What was taken before has been answered.
-pub fn process_requests<Q: QueueT, M: GuestMemory>(
-    device: &mut VirtioIommu,
-    queue: &mut Q,
-    memory: &M,
-    budget: usize,
-) -> Result<Batch, QueueError> {
-    let mut batch = Batch::default();
-    let mut chain = Chain::default();
-    let mut rounds = 0;
-    queue.disable_notification(memory)?;
-    'kicks: loop {
-        // A driver that moves its index to and fro gets as many rounds as one that sends requests.
-        rounds += 1;
-        while available(queue, memory)? > 0 {
-            if batch.handled == budget || rounds > budget {
-                batch.more = true;
-                break 'kicks;
-            }
-            let head = chain.take(queue, memory)?;
-            let used = chain.handle(device, memory);
-            queue.add_used(memory, head, used)?;
-            batch.handled += 1;
-        }
-        if !queue.enable_notification(memory)? {
-            break;
-        }
+/// The request queue's device side: the request that is under way, if any.
+#[derive(Debug, Default)]
+pub struct Requests {
+    chain: Chain,
+    unfinished: Option<(u16, UnfinishedMap)>,
+}
+
+impl Requests {
+    /// Handles requests until none is available, or `budget` of them have been returned, or a step of a large MAP has been
+    /// taken. Call it again if there is [`more`](Batch::more), and let others at the device before.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`]: the queue cannot be used further. What was taken before has been answered.
+    pub fn process<Q: QueueT, M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        queue: &mut Q,
+        memory: &M,
+        budget: usize,
+    ) -> Result<Batch, QueueError> {
+        let mut batch = Batch::default();
+        let mut rounds = 0;
         queue.disable_notification(memory)?;
+        'kicks: loop {
+            // A driver that moves its index to and fro gets as many rounds as one that sends requests.
+            rounds += 1;
+            while self.unfinished.is_some() || available(queue, memory)? > 0 {
+                if batch.handled == budget || rounds > budget {
+                    batch.more = true;
+                    break 'kicks;
+                }
+                if !self.step(device, queue, memory)? {
+                    batch.more = true;
+                    break 'kicks;
+                }
+                batch.handled += 1;
+            }
+            if !queue.enable_notification(memory)? {
+                break;
+            }
+            queue.disable_notification(memory)?;
+        }
+        batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
+        Ok(batch)
     }
-    batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
-    Ok(batch)
+
+    /// Completes the request that is under way, if any, before the queue stops. Whether the driver is to be notified.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`]
+    pub fn complete<Q: QueueT, M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        queue: &mut Q,
+        memory: &M,
+    ) -> Result<bool, QueueError> {
+        if self.unfinished.is_none() {
+            return Ok(false);
+        }
+        while !self.step(device, queue, memory)? {}
+        wants_notification(queue, memory)
+    }
+
+    /// Forgets the request that is under way: the driver reset the device and does not wait for it any more.
+    pub fn forget(&mut self) {
+        self.unfinished = None;
+    }
+
+    /// Takes a step of the request that is under way, or of the next one; whether it was returned.
+    fn step<Q: QueueT, M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        queue: &mut Q,
+        memory: &M,
+    ) -> Result<bool, QueueError> {
+        let (head, progress) = match self.unfinished.take() {
+            Some((head, map)) => (head, self.chain.go_on(device, map)),
+            None => (self.chain.take(queue, memory)?, self.chain.begin(device, memory)),
+        };
+        match progress {
+            Progress::Answered { used } => {
+                queue.add_used(memory, head, self.chain.reply(memory, used))?;
+                Ok(true)
+            }
+            Progress::Unfinished(map) => {
+                self.unfinished = Some((head, map));
+                Ok(false)
+            }
+        }
+    }
 }
 
 /// Gives the guest the fault events that wait, as far as it has provided buffers, of which no more than `budget` are
@@ -151,412 +207,4 @@ fn wants_notification<Q: QueueT, M: GuestMemory>(queue: &mut Q, memory: &M) -> R
     let flags: u16 =
         memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
     Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
-}
-
-/// One descriptor chain: its buffers, walked once. Reused from chain to chain.
-#[derive(Default)]
-struct Chain {
-    readable: Vec<Buffer>,
-    writable: Vec<Buffer>,
-    /// It has more descriptors than any request.
-    too_long: bool,
-    reply: Vec<u8>,
-}
-
-/// A piece of guest memory.
-struct Buffer {
-    start: GuestAddress,
-    length: usize,
-}
-
-impl Chain {
-    /// Takes the next available chain and notes its buffers; its head.
-    fn take<Q: QueueT, M: GuestMemory>(&mut self, queue: &mut Q, memory: &M) -> Result<u16, QueueError> {
-        let chain: DescriptorChain<&M> = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
-        let head = chain.head_index();
-        self.readable.clear();
-        self.writable.clear();
-        self.too_long = false;
-        for descriptor in chain {
-            if self.readable.len() + self.writable.len() == MOST_DESCRIPTORS {
-                self.too_long = true;
-                break;
-            }
-            let buffer = Buffer { start: descriptor.addr(), length: descriptor.len() as usize };
-            let part = if descriptor.is_write_only() { &mut self.writable } else { &mut self.readable };
-            part.push(buffer);
-        }
-        Ok(head)
-    }
-
-    /// Handles the request in it; the used length. Every byte of the request is read once.
-    fn handle<M: GuestMemory>(&mut self, device: &mut VirtioIommu, memory: &M) -> u32 {
-        let mut request = [0; spec::LARGEST_REQUEST];
-        let readable = self.read(memory, &mut request);
-        let (Some(readable), Some(length)) = (readable, self.writable_length()) else {
-            return 0;
-        };
-        let mut reply = std::mem::take(&mut self.reply);
-        reply.clear();
-        reply.resize(length, 0);
-        let used = device.handle(readable, &mut reply);
-        // A reply that cannot be written is lost; what it answers has been done.
-        let written = reply.get(..used).and_then(|bytes| self.write(memory, bytes)).unwrap_or(0);
-        self.reply = reply;
-        written
-    }
-
-    /// Reads as much of the device-readable part as any request has; `None` if it is not all in guest memory.
-    fn read<'a, M: GuestMemory>(&self, memory: &M, bytes: &'a mut [u8; spec::LARGEST_REQUEST]) -> Option<&'a [u8]> {
-        let mut filled = 0;
-        for buffer in &self.readable {
-            let free = bytes.get_mut(filled..)?;
-            let length = free.len().min(buffer.length);
-            memory.read_slice(free.get_mut(..length)?, buffer.start).ok()?;
-            filled += length;
-        }
-        bytes.get(..filled)
-    }
-
-    /// The length of the device-writable part; `None` if the chain is more than any request needs.
-    fn writable_length(&self) -> Option<usize> {
-        let mut length = 0usize;
-        for buffer in &self.writable {
-            length = length.checked_add(buffer.length).filter(|length| *length <= LARGEST_REPLY)?;
-        }
-        (!self.too_long).then_some(length)
-    }
-
-    /// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
-    fn write<M: GuestMemory>(&self, memory: &M, bytes: &[u8]) -> Option<u32> {
-        let mut left = bytes;
-        for buffer in &self.writable {
-            let (now, later) = left.split_at(left.len().min(buffer.length));
-            memory.write_slice(now, buffer.start).ok()?;
-            left = later;
-        }
-        u32::try_from(bytes.len() - left.len()).ok()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use virtio_queue::Queue;
-    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
-    use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::GuestMemoryMmap;
-
-    use super::*;
-    use crate::device::Settings;
-    use crate::host::fake::{Failure, FakeHost, Flavour};
-    use crate::host::{HostErrorKind, HostGroup};
-    use crate::id::EndpointId;
-    use crate::memory::GuestRam;
-    use crate::range::{IovaRange, RangeSet};
-    use crate::reserved::EndpointView;
-
-    const SIZE: u16 = 16;
-    const REQUESTS: u64 = 0x1_0000;
-    const REPLIES: u64 = 0x2_0000;
-
-    const NEXT: u16 = 1;
-    const WRITE: u16 = 2;
-    const INDIRECT: u16 = 4;
-
-    type Memory = GuestMemoryMmap<()>;
-
-    fn memory() -> Memory {
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
-        memory.write_slice(&[0xaa; 0x1000], GuestAddress(REPLIES)).unwrap();
-        memory
-    }
-
-    fn device() -> (FakeHost, VirtioIommu) {
-        let host = FakeHost::new(Flavour::Iommufd);
-        let input_range = IovaRange::new(0, 0xffff_ffff).unwrap();
-        let group: Arc<dyn HostGroup> = host.group(&[EndpointId(8)], RangeSet::from(IovaRange::ALL));
-        let endpoints = vec![(EndpointId(8), EndpointView::default())];
-        let mut device = VirtioIommu::new(Settings::new(input_range, 0x1000), endpoints, vec![group]).unwrap();
-        device.set_driver_features(device.features());
-        device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 0x10_0000)]).unwrap());
-        (host, device)
-    }
-
-    fn attach_bytes(endpoint: u32) -> Vec<u8> {
-        [1u32, 1, endpoint, 0, 0].iter().flat_map(|field| field.to_le_bytes()).collect()
-    }
-
-    fn map_bytes() -> Vec<u8> {
-        let mut bytes: Vec<u8> = [3u32, 1].iter().flat_map(|field| field.to_le_bytes()).collect();
-        bytes.extend([0x5000u64, 0x5fff, 0x1000].iter().flat_map(|field| field.to_le_bytes()));
-        bytes.extend(1u32.to_le_bytes());
-        bytes
-    }
-
-    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
-        RawDescriptor::from(Descriptor::new(address, length, flags, next))
-    }
-
-    /// Request `index` in two descriptors, at its own place in memory.
-    fn request(memory: &Memory, index: u16, bytes: &[u8], writable: u32) -> [RawDescriptor; 2] {
-        let offset = u64::from(index) * 0x100;
-        memory.write_slice(bytes, GuestAddress(REQUESTS + offset)).unwrap();
-        [
-            descriptor(REQUESTS + offset, bytes.len() as u32, NEXT, index * 2 + 1),
-            descriptor(REPLIES + offset, writable, WRITE, 0),
-        ]
-    }
-
-    fn reply(memory: &Memory, index: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        memory.read_slice(&mut bytes, GuestAddress(REPLIES + index * 0x100)).unwrap();
-        bytes
-    }
-
-    fn used(mock: &MockSplitQueue<'_, Memory>) -> Vec<(u32, u32)> {
-        let count = mock.used().idx().load();
-        (0..count)
-            .map(|at| mock.used().ring().ref_at(usize::from(at)).unwrap().load())
-            .map(|e| (e.id(), e.len()))
-            .collect()
-    }
-
-    #[test]
-    fn a_batch_is_answered_in_order_with_one_notification() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        let mut descriptors = Vec::new();
-        for (index, bytes) in [attach_bytes(8), attach_bytes(9), map_bytes()].iter().enumerate() {
-            descriptors.extend(request(&memory, index as u16, bytes, 4));
-        }
-        mock.build_multiple_desc_chains(&descriptors).unwrap();
-        let mut queue: Queue = mock.create_queue().unwrap();
-        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-        assert_eq!(batch, Batch { handled: 3, more: false, notify: true });
-        assert_eq!(used(&mock), [(0, 4), (2, 4), (4, 4)]);
-        let statuses: Vec<u8> = (0..3).map(|index| reply(&memory, index, 4)[0]).collect();
-        assert_eq!(statuses, [0, 6, 0]);
-        let again = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-        assert_eq!(again, Batch::default(), "nothing is left, and nobody is notified");
-    }
-
-    #[test]
-    fn a_driver_that_wants_no_interrupt_gets_none() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        mock.build_multiple_desc_chains(&request(&memory, 0, &attach_bytes(8), 4)).unwrap();
-        let mut queue: Queue = mock.create_queue().unwrap();
-        memory.write_obj(AVAIL_F_NO_INTERRUPT.to_le(), mock.avail_addr()).unwrap();
-        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-        assert_eq!(batch, Batch { handled: 1, more: false, notify: false });
-    }
-
-    #[test]
-    fn the_budget_bounds_a_batch() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        let descriptors: Vec<_> = (0..5).flat_map(|index| request(&memory, index, &attach_bytes(8), 4)).collect();
-        mock.build_multiple_desc_chains(&descriptors).unwrap();
-        let mut queue: Queue = mock.create_queue().unwrap();
-        for (handled, more) in [(2, true), (2, true), (1, false)] {
-            let batch = process_requests(&mut device, &mut queue, &memory, 2).unwrap();
-            assert_eq!((batch.handled, batch.more), (handled, more));
-        }
-    }
-
-    #[test]
-    fn a_request_split_at_every_byte_is_read_whole() {
-        let bytes = attach_bytes(8);
-        for at in 1..bytes.len() as u32 {
-            for cut in 0..=4 {
-                let memory = memory();
-                let (_host, mut device) = device();
-                let mock = MockSplitQueue::new(&memory, SIZE);
-                memory.write_slice(&bytes, GuestAddress(REQUESTS)).unwrap();
-                let rest = bytes.len() as u32 - at;
-                let chain = [
-                    descriptor(REQUESTS, at, NEXT, 1),
-                    descriptor(REQUESTS + u64::from(at), rest, NEXT, 2),
-                    descriptor(REPLIES, cut, NEXT | WRITE, 3),
-                    descriptor(REPLIES + u64::from(cut), 4 - cut, WRITE, 0),
-                ];
-                mock.build_desc_chain(&chain).unwrap();
-                let mut queue: Queue = mock.create_queue().unwrap();
-                process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-                assert_eq!(used(&mock), [(0, 4)]);
-                assert_eq!(reply(&memory, 0, 8), [0, 0, 0, 0, 0xaa, 0xaa, 0xaa, 0xaa]);
-            }
-        }
-    }
-
-    /// Chains that carry no request: each comes back unwritten, once, and the next one is answered.
-    #[test]
-    fn bad_chains_come_back_unwritten_and_the_next_one_is_answered() {
-        let bad: [Vec<RawDescriptor>; 8] = [
-            // Nothing writable; nothing readable; no room for a status; outside of memory, either way.
-            vec![descriptor(REQUESTS, 20, 0, 0)],
-            vec![descriptor(REPLIES, 4, WRITE, 0)],
-            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(REPLIES, 3, WRITE, 0)],
-            vec![descriptor(u64::MAX - 8, 20, NEXT, 1), descriptor(REPLIES, 4, WRITE, 0)],
-            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(0xf_fffe, 4, WRITE, 0)],
-            // Larger than any reply; an index out of the table; an indirect table that is none.
-            vec![descriptor(REQUESTS, 20, NEXT, 1), descriptor(REPLIES, 0x1_0001, WRITE, 0)],
-            vec![descriptor(REQUESTS, 20, NEXT, 900)],
-            vec![descriptor(REQUESTS, 17, INDIRECT, 0)],
-        ];
-        for (case, chain) in bad.iter().enumerate() {
-            let memory = memory();
-            let (_host, mut device) = device();
-            let mock = MockSplitQueue::new(&memory, SIZE);
-            memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
-            memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS + 0x100)).unwrap();
-            let mut descriptors = chain.clone();
-            let good = descriptors.len() as u16;
-            descriptors.push(descriptor(REQUESTS + 0x100, 20, NEXT, good + 1));
-            descriptors.push(descriptor(REPLIES + 0x100, 4, WRITE, 0));
-            for (index, raw) in descriptors.iter().enumerate() {
-                mock.desc_table().store(index as u16, *raw).unwrap();
-            }
-            mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
-            mock.avail().ring().ref_at(1).unwrap().store(good.to_le());
-            mock.avail().idx().store(2u16.to_le());
-            let mut queue: Queue = mock.create_queue().unwrap();
-            process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-            assert_eq!(used(&mock), [(0, 0), (u32::from(good), 4)], "case {case}");
-            assert_eq!(reply(&memory, 0, 8), [0xaa; 8], "case {case}");
-            assert_eq!(reply(&memory, 1, 4), [0, 0, 0, 0], "case {case}");
-        }
-    }
-
-    #[test]
-    fn an_indirect_table_longer_than_any_request_comes_back_unwritten() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
-        let run = |device: &mut VirtioIommu, count: u16| {
-            let table = 0x4_0000;
-            for index in 0..count {
-                let (address, length, flags) = match index {
-                    0 => (REQUESTS, 20, NEXT),
-                    _ if index + 1 == count => (REPLIES, 4, WRITE),
-                    _ => (REQUESTS, 0, NEXT),
-                };
-                let raw: [u8; 16] = {
-                    let mut raw = [0; 16];
-                    raw[..8].copy_from_slice(&address.to_le_bytes());
-                    raw[8..12].copy_from_slice(&u32::to_le_bytes(length));
-                    raw[12..14].copy_from_slice(&flags.to_le_bytes());
-                    raw[14..].copy_from_slice(&(index + 1).to_le_bytes());
-                    raw
-                };
-                memory.write_slice(&raw, GuestAddress(table + 16 * u64::from(index))).unwrap();
-            }
-            mock.desc_table().store(0, descriptor(table, u32::from(count) * 16, INDIRECT, 0)).unwrap();
-            mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
-            mock.avail().idx().store(1u16.to_le());
-            mock.used().idx().store(0);
-            let mut queue: Queue = mock.create_queue().unwrap();
-            process_requests(device, &mut queue, &memory, 64).unwrap();
-            used(&mock)
-        };
-        assert_eq!(run(&mut device, 256), [(0, 4)]);
-        assert_eq!(run(&mut device, 257), [(0, 0)]);
-    }
-
-    #[test]
-    fn a_chain_that_loops_ends() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
-        mock.desc_table().store(0, descriptor(REQUESTS, 20, NEXT, 1)).unwrap();
-        mock.desc_table().store(1, descriptor(REPLIES, 4, NEXT | WRITE, 1)).unwrap();
-        mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
-        mock.avail().idx().store(1u16.to_le());
-        let mut queue: Queue = mock.create_queue().unwrap();
-        let batch = process_requests(&mut device, &mut queue, &memory, 64).unwrap();
-        assert_eq!(batch.handled, 1);
-        assert_eq!(reply(&memory, 0, 8)[4..], [0xaa; 4], "only what is writable is written");
-    }
-
-    #[test]
-    fn wild_indices_break_the_queue_and_nothing_else() {
-        for event_idx in [false, true] {
-            for index in [u16::from(SIZE as u8) + 1, 1000, u16::MAX] {
-                let memory = memory();
-                let (_host, mut device) = device();
-                let mock = MockSplitQueue::new(&memory, SIZE);
-                let mut queue: Queue = mock.create_queue().unwrap();
-                queue.set_event_idx(event_idx);
-                mock.avail().idx().store(index.to_le());
-                let error = process_requests(&mut device, &mut queue, &memory, 64).unwrap_err();
-                assert!(matches!(error, QueueError::TooManyAvailable { .. }), "{error}");
-                assert!(used(&mock).is_empty());
-            }
-        }
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        mock.avail().ring().ref_at(0).unwrap().store(SIZE.to_le());
-        mock.avail().idx().store(1u16.to_le());
-        let mut queue: Queue = mock.create_queue().unwrap();
-        assert!(process_requests(&mut device, &mut queue, &memory, 64).is_err());
-    }
-
-    #[test]
-    fn a_ring_outside_of_memory_is_an_error() {
-        let memory = memory();
-        let (_host, mut device) = device();
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        let mut queue: Queue = mock.create_queue().unwrap();
-        queue.set_avail_ring_address(Some(0xffff_f000), Some(0xffff));
-        assert!(process_requests(&mut device, &mut queue, &memory, 64).is_err());
-    }
-
-    #[test]
-    fn faults_go_to_the_first_buffer_that_is_large_enough() {
-        let memory = memory();
-        let (host, mut device) = device();
-        device.handle(&attach_bytes(8), &mut [0; 4]);
-        host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
-        let mut tail = [0; 4];
-        device.handle(&map_bytes(), &mut tail);
-        assert_eq!(tail[0], 8);
-
-        let mock = MockSplitQueue::new(&memory, SIZE);
-        let mut queue: Queue = mock.create_queue().unwrap();
-        assert_eq!(
-            deliver_faults(&mut device, &mut queue, &memory, 64).unwrap(),
-            Batch::default(),
-            "there is no buffer"
-        );
-        let buffers = [
-            descriptor(REPLIES, 23, WRITE, 0),
-            descriptor(REPLIES + 0x100, 24, 0, 0),
-            descriptor(0xf_fff0, 24, WRITE, 0),
-            descriptor(REPLIES + 0x200, 32, WRITE, 0),
-            descriptor(REPLIES + 0x300, 24, WRITE, 0),
-        ];
-        for (index, raw) in buffers.iter().enumerate() {
-            mock.desc_table().store(index as u16, *raw).unwrap();
-            mock.avail().ring().ref_at(index).unwrap().store((index as u16).to_le());
-        }
-        mock.avail().idx().store(5u16.to_le());
-        let first = deliver_faults(&mut device, &mut queue, &memory, 2).unwrap();
-        assert_eq!(first, Batch { handled: 2, more: true, notify: true }, "the budget holds");
-        deliver_faults(&mut device, &mut queue, &memory, 64).unwrap();
-        assert_eq!(used(&mock), [(0, 0), (1, 0), (2, 0), (3, 24)], "the fifth is kept for the next event");
-        let mut expected = [0xaa; 32];
-        expected[..24].fill(0);
-        expected[..12].copy_from_slice(&[2, 0, 0, 0, 1, 1, 0, 0, 8, 0, 0, 0]);
-        expected[16..18].copy_from_slice(&[0, 0x50]);
-        assert_eq!(reply(&memory, 2, 32), expected);
-        assert_eq!(device.first_fault(), None);
-    }
 }

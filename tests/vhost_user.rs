@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
+use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Listener, VhostUserFrontend};
 use virtio_iommu::access::Access;
@@ -26,9 +27,15 @@ const ENDPOINT: u32 = 0x18;
 const ID: EndpointId = EndpointId(ENDPOINT);
 const MEMORY_SIZE: usize = 0x40_0000;
 
+/// Small, so that a MAP can have many steps.
+const MAP_STEP: u64 = 0x1_0000;
+/// How many steps a MAP of the upper half of memory has.
+const STEPS: u64 = MEMORY_SIZE as u64 / 2 / MAP_STEP;
+
 const OK: u8 = 0;
 const INVAL: u8 = 4;
 const NOENT: u8 = 6;
+const FAULT: u8 = 7;
 
 struct Bench {
     host: FakeHost,
@@ -44,7 +51,7 @@ impl Bench {
         let input_range: IovaRange = "0-7fffffffff".parse().unwrap();
         let usable = RangeSet::from(input_range).subtract(&RangeSet::from(msi));
         let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
-        let settings = Settings { boot_bypass, ..Settings::new(input_range, 0x1000) };
+        let settings = Settings { boot_bypass, map_step: MAP_STEP, ..Settings::new(input_range, 0x1000) };
         let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
         let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop }).unwrap());
 
@@ -244,5 +251,105 @@ fn memory_that_the_frontend_takes_away_is_not_reached() {
     bench.machine().config();
     assert_eq!(bench.reads(0x5000), None);
     assert_eq!(bench.reads(0x6000), Some(0x2000));
+    bench.end();
+}
+
+#[test]
+fn regions_of_memory_come_and_go_one_by_one() {
+    const HIGH: u64 = 0x1_0000_0000;
+    let mut bench = Bench::started();
+    bench.send(&attach(1, ENDPOINT, 0));
+    bench.send(&map(1, 0x5000, 0x1000, 0x2000, 1));
+    assert_eq!(bench.send(&map(1, 0x6000, 0x1000, HIGH, 1)), FAULT, "there is no memory yet");
+
+    let region = |file| VhostUserMemoryRegionInfo {
+        guest_phys_addr: HIGH,
+        memory_size: 0x1_0000,
+        userspace_addr: 0x7fff_0000_0000,
+        mmap_offset: 0,
+        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(file),
+    };
+    let file = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x1_0000).unwrap();
+        file
+    };
+    let (first, second) = (file(), file());
+    bench.machine().frontend.add_mem_region(&region(&first)).unwrap();
+    bench.machine().config();
+    assert_eq!(bench.send(&map(1, 0x6000, 0x1000, HIGH, 1)), OK);
+    assert_eq!(bench.reads(0x6000), Some(HIGH));
+
+    let calls = bench.host.calls();
+    bench.machine().frontend.remove_mem_region(&region(&first)).unwrap();
+    bench.machine().config();
+    assert_eq!((bench.reads(0x6000), bench.reads(0x5000)), (None, Some(0x2000)));
+    assert_eq!(bench.host.calls() - calls, 1, "nothing but its own mapping is touched");
+
+    bench.machine().frontend.add_mem_region(&region(&second)).unwrap();
+    bench.machine().config();
+    assert_eq!(bench.reads(0x6000), Some(HIGH), "memory that is there again is reached again");
+    assert_eq!(bench.host.calls() - calls, 2);
+    bench.end();
+}
+
+impl Bench {
+    /// While a MAP of all steps is under way, and the host goes on only when it is let, does something else with the backend.
+    /// Lets the host on until that is done; how many steps that took.
+    fn during_a_large_map(&mut self, act: impl FnOnce(&IommuBackend) + Send + 'static) -> u64 {
+        assert_eq!(self.send(&attach(1, ENDPOINT, 0)), OK);
+        let host = self.host.hold_maps();
+        let half = MEMORY_SIZE as u64 / 2;
+        self.machine().post(&map(1, 0, half, half, 1), 4);
+        // The first step is under way when it was let on.
+        host.send(()).unwrap();
+        let backend = Arc::clone(&self.backend);
+        let other = std::thread::spawn(move || act(&backend));
+        let mut steps = 1;
+        while !other.is_finished() {
+            let moment = std::time::Duration::from_millis(5);
+            std::thread::sleep(moment);
+            match host.try_send(()) {
+                Ok(()) => steps += 1,
+                Err(std::sync::mpsc::TrySendError::Full(())) => (),
+                Err(error @ std::sync::mpsc::TrySendError::Disconnected(())) => panic!("{error}"),
+            }
+        }
+        other.join().unwrap();
+        steps
+    }
+}
+
+#[test]
+fn a_large_map_does_not_hold_up_the_end() {
+    let mut bench = Bench::started();
+    let steps = bench.during_a_large_map(|backend| {
+        backend.shut_down();
+    });
+    assert!(steps < STEPS, "shut down after {steps} steps");
+    assert_eq!(bench.host.attachment(ID), Attachment::Blocked);
+    assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(NOENT)), "the MAP is given up");
+    assert_eq!(bench.host.table_count(), 0);
+    bench.end();
+}
+
+#[test]
+fn a_large_map_does_not_hold_up_the_configuration() {
+    use vhost_user_backend::VhostUserBackend;
+    let mut bench = Bench::started();
+    let steps = bench.during_a_large_map(|backend| assert_eq!(backend.get_config(36, 1), [1]));
+    assert!(steps < STEPS, "answered after {steps} steps");
+    assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)), "the MAP goes on");
+    assert_eq!(bench.reads(0x1f_ffff), Some(0x3f_ffff));
+    bench.end();
+}
+
+#[test]
+fn a_large_map_is_answered_before_the_ring_stops() {
+    use vhost_user_backend::VhostUserBackend;
+    let mut bench = Bench::started();
+    let steps = bench.during_a_large_map(|backend| backend.stop_vring(0).unwrap());
+    assert_eq!(steps, STEPS);
+    assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
     bench.end();
 }

@@ -149,7 +149,7 @@ impl MappingTable {
         ranges.ranges().iter().copied().find(|range| self.overlapping(*range).is_some())
     }
 
-    /// Adds a mapping; no other one may overlap it.
+    /// Adds a mapping, or lets one grow that starts there; no other one may overlap it.
     pub fn insert(&mut self, mapping: Mapping) {
         self.entries.insert(mapping.iova.start(), mapping);
     }

@@ -26,30 +26,82 @@ struct MapFailure {
     out_of_step: bool,
 }
 
+/// A MAP request that is not answered yet: the host maps a large range in steps, so that something else can be done in
+/// between. What was mapped so far is a mapping of the domain like any other.
+#[derive(Debug)]
+pub struct UnfinishedMap {
+    domain: DomainId,
+    /// All that the request asks for.
+    whole: Mapping,
+    /// What has been mapped, from the start of it.
+    done: Option<IovaRange>,
+}
+
 impl VirtioIommu {
+    /// The first step of a MAP; what is left of it.
     pub(super) fn map(
         &mut self,
         domain: DomainId,
         iova: IovaRange,
         physical: u64,
         access: Access,
-    ) -> Result<(), Status> {
+    ) -> Result<Option<UnfinishedMap>, Status> {
         self.recover_if_empty(domain);
         self.check_map(domain, iova, physical)?;
-        let mapping = Mapping { iova, physical: GuestAddress(physical), access };
+        let whole = Mapping { iova, physical: GuestAddress(physical), access };
         // 5.13.6.5: "the range defined by phys_start and phys_end should be within the guest-physical address space".
         // No status is named for one that is not; this one says that an address cannot be reached.
         let length = iova.length().ok_or(Status::Range)?;
-        let segments = self.ram.segments(mapping.physical, length).ok_or(Status::Fault)?;
-        if !access.is_none()
-            && let Err(failure) = self.map_on_host(domain, iova, &segments, access)
+        if !self.ram.covers(whole.physical, length) {
+            return Err(Status::Fault);
+        }
+        self.map_step(UnfinishedMap { domain, whole, done: None })
+    }
+
+    /// One more step of a MAP; what is left of it. If there is an error, nothing of it stays mapped.
+    pub(super) fn map_step(&mut self, mut map: UnfinishedMap) -> Result<Option<UnfinishedMap>, Status> {
+        let result = self.map_next_part(&map);
+        match result {
+            Ok(done) if done == map.whole.iova => Ok(None),
+            Ok(done) => {
+                map.done = Some(done);
+                Ok(Some(map))
+            }
+            Err(status) => {
+                if let Some(done) = map.done {
+                    // If the domain is gone, so is the mapping.
+                    let _ = self.unmap(map.domain, done);
+                }
+                Err(status)
+            }
+        }
+    }
+
+    /// Maps the next part, up to a multiple of the step; all that is mapped then.
+    fn map_next_part(&mut self, map: &UnfinishedMap) -> Result<IovaRange, Status> {
+        let UnfinishedMap { domain, whole, done } = *map;
+        let space = self.domains.get(&domain).and_then(Domain::space).ok_or(Status::NoEntry)?;
+        let so_far = done.map(|iova| Mapping { iova, ..whole });
+        // Something else may have been done since the last step.
+        if space.poisoned || so_far.is_some_and(|mapping| space.mappings.overlapping(whole.iova) != Some(&mapping)) {
+            return Err(Status::DeviceError);
+        }
+        let start = done.map_or(whole.iova.start(), |done| done.last() + 1);
+        let step_ends = start | (self.settings.map_step - 1);
+        let last = if whole.access.is_none() { whole.iova.last() } else { whole.iova.last().min(step_ends) };
+        let part = IovaRange::new(start, last).ok_or(Status::DeviceError)?;
+        let physical = GuestAddress(whole.physical.0 + (start - whole.iova.start()));
+        let segments = part.length().and_then(|length| self.ram.segments(physical, length)).ok_or(Status::Fault)?;
+        if !whole.access.is_none()
+            && let Err(failure) = self.map_on_host(domain, part, &segments, whole.access)
         {
-            return Err(self.map_failed(domain, iova, access, &failure));
+            return Err(self.map_failed(domain, whole.iova, whole.access, &failure));
         }
+        let done = IovaRange::new(whole.iova.start(), last).ok_or(Status::DeviceError)?;
         if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
-            space.mappings.insert(mapping);
+            space.mappings.insert(Mapping { iova: done, ..whole });
         }
-        Ok(())
+        Ok(done)
     }
 
     fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<(), Status> {

@@ -16,7 +16,7 @@ use crate::id::{DomainId, EndpointId};
 use crate::memory::GuestRam;
 use crate::range::IovaRange;
 use crate::request::{LARGEST_REPLY, Request, RequestKind, Status, probe_reply_size, write_reply};
-use crate::reserved::EndpointView;
+use crate::reserved::{EndpointView, ReservedRegion};
 use crate::spec::{self, config, feature};
 
 mod attach;
@@ -40,6 +40,7 @@ use group::{Group, GroupTable};
 use notice::NoticeQueue;
 
 pub use fault::{Fault, FaultReason};
+pub use map::UnfinishedMap;
 pub use notice::Notice;
 pub use statistics::{Count, Statistics};
 
@@ -65,6 +66,9 @@ pub struct Settings {
     pub max_mappings: usize,
     /// How many mappings all domains may have together; 2^22 by default.
     pub max_mappings_in_all: usize,
+    /// How much the host maps in one step, in bytes: a power of two from the granule on, 1 GiB by default. A MAP of more is cut at
+    /// its multiples, so that it does not hold up everything else ([`VirtioIommu::begin`]).
+    pub map_step: u64,
 }
 
 impl Settings {
@@ -83,6 +87,7 @@ impl Settings {
             max_domains: 4096,
             max_mappings: 1 << 20,
             max_mappings_in_all: 1 << 22,
+            map_step: 1 << 30,
         }
     }
 
@@ -116,6 +121,9 @@ pub enum SetupError {
         /// The input range.
         input_range: IovaRange,
     },
+    /// The step of a large MAP is no power of two from the granule on.
+    #[error("a MAP cannot be done in steps of {0:#x} bytes: a power of two from the granule on can")]
+    MapStep(u64),
     /// The range of domain IDs ends before it starts.
     #[error("the domain range {0:?} is empty")]
     DomainRange(RangeInclusive<u32>),
@@ -132,6 +140,19 @@ pub enum SetupError {
         /// How many bytes there are.
         probe_size: u32,
     },
+}
+
+/// How far a request got.
+#[derive(Debug)]
+#[must_use]
+pub enum Progress {
+    /// It is answered.
+    Answered {
+        /// How many bytes of the reply were written.
+        used: usize,
+    },
+    /// It is a large MAP, and not all of it is mapped yet.
+    Unfinished(UnfinishedMap),
 }
 
 /// A virtio-iommu device.
@@ -250,28 +271,66 @@ impl VirtioIommu {
     ///
     /// The used length is zero, and nothing is written, if the type is unknown or there is no room for a status.
     pub fn handle(&mut self, readable: &[u8], writable: &mut [u8]) -> usize {
+        let mut progress = self.begin(readable, writable);
+        loop {
+            match progress {
+                Progress::Answered { used } => return used,
+                Progress::Unfinished(map) => progress = self.go_on(map, writable),
+            }
+        }
+    }
+
+    /// Like [`handle`](Self::handle), but does no more than one step of a large MAP. Before the next one
+    /// ([`go_on`](Self::go_on)) anything can be done with the device, except to begin another request.
+    pub fn begin(&mut self, readable: &[u8], writable: &mut [u8]) -> Progress {
         // 5.13.6.2: "If a request type is not recognized, the device SHOULD NOT write the buffer and SHOULD set
         // the used length to zero."
         let Some(kind) = RequestKind::of(readable) else {
             self.statistics.unreadable += 1;
-            return 0;
+            return Progress::Answered { used: 0 };
         };
         if writable.len() < spec::TAIL_SIZE {
             self.statistics.unreadable += 1;
-            return 0;
+            return Progress::Answered { used: 0 };
         }
         let mut view = None;
+        let mut unfinished = None;
         let result = Request::parse(kind, readable).and_then(|request| match request {
             Request::Attach { domain, endpoint, bypass } => self.attach(domain, endpoint, bypass),
             Request::Detach { domain, endpoint } => self.detach(domain, endpoint),
-            Request::Map { domain, iova, physical, access } => self.map(domain, iova, physical, access),
+            Request::Map { domain, iova, physical, access } => {
+                self.map(domain, iova, physical, access).map(|left| unfinished = left)
+            }
             Request::Unmap { domain, iova } => self.unmap(domain, iova),
             Request::Probe { endpoint } => self.probe(endpoint, writable.len()).map(|found| view = Some(found)),
         });
+        match unfinished {
+            Some(map) => Progress::Unfinished(map),
+            None => self.answer(kind, result, view.as_ref().map_or(&[][..], EndpointView::reported), writable),
+        }
+    }
+
+    /// Takes one more step of a MAP. The reply goes to the same device-writable bytes.
+    ///
+    /// If something done in between took away what had been mapped, say a reset, the answer is an error.
+    pub fn go_on(&mut self, map: UnfinishedMap, writable: &mut [u8]) -> Progress {
+        match self.map_step(map) {
+            Ok(Some(map)) => Progress::Unfinished(map),
+            Ok(None) => self.answer(RequestKind::Map, Ok(()), &[], writable),
+            Err(status) => self.answer(RequestKind::Map, Err(status), &[], writable),
+        }
+    }
+
+    fn answer(
+        &mut self,
+        kind: RequestKind,
+        result: Result<(), Status>,
+        properties: &[ReservedRegion],
+        writable: &mut [u8],
+    ) -> Progress {
         let status = result.err().unwrap_or(Status::Ok);
         self.statistics.count(kind, status);
-        let properties = view.as_ref().map_or(&[][..], EndpointView::reported);
-        write_reply(writable, status, properties)
+        Progress::Answered { used: write_reply(writable, status, properties) }
     }
 
     fn probe(&self, endpoint: EndpointId, writable: usize) -> Result<EndpointView, Status> {
@@ -352,6 +411,9 @@ fn check_settings(settings: &Settings) -> Result<(), SetupError> {
     let Settings { granule, input_range, probe_size, .. } = *settings;
     if !granule.is_power_of_two() || granule > 1 << 21 || !input_range.is_aligned(granule) {
         return Err(SetupError::Granule { granule, input_range });
+    }
+    if !settings.map_step.is_power_of_two() || settings.map_step < granule {
+        return Err(SetupError::MapStep(settings.map_step));
     }
     if settings.domain_range.is_empty() {
         return Err(SetupError::DomainRange(settings.domain_range.clone()));

@@ -9,6 +9,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
@@ -81,6 +82,8 @@ struct State {
     calls: u64,
     failures: BTreeMap<u64, Failure>,
     released: Vec<EndpointId>,
+    /// What each map waits for.
+    gate: Option<Arc<Mutex<Receiver<()>>>>,
 }
 
 #[derive(Debug)]
@@ -104,6 +107,7 @@ impl FakeHost {
             calls: 0,
             failures: BTreeMap::new(),
             released: Vec::new(),
+            gate: None,
         };
         Self { state: Arc::new(Mutex::new(state)) }
     }
@@ -139,6 +143,13 @@ impl FakeHost {
     /// Forgets all failures that have not happened.
     pub fn stop_failing(&self) {
         self.lock().failures.clear();
+    }
+
+    /// Makes each map wait until it is let on by a message to this channel, or the channel is gone.
+    pub fn hold_maps(&self) -> SyncSender<()> {
+        let (let_on, gate) = sync_channel(0);
+        self.lock().gate = Some(Arc::new(Mutex::new(gate)));
+        let_on
     }
 
     /// How many calls were made that could have failed.
@@ -311,6 +322,11 @@ struct FakeTable {
 
 impl IoPageTable for FakeTable {
     fn map(&self, iova: IovaRange, to: &[HostSegment], access: Access) -> Result<(), MapError> {
+        let gate = self.host.lock().gate.clone();
+        if let Some(gate) = gate {
+            // One whose sender is gone is open.
+            let _ = gate.lock().expect("the model does not panic under its lock").recv();
+        }
         let mut state = self.host.lock();
         if let Some(failure) = state.call() {
             return Err(MapError::Refused(planned(failure)));

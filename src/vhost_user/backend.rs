@@ -2,12 +2,13 @@
 
 //! The device behind vhost-user messages and rings.
 
-use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
+use std::{fmt, io};
 
 use log::{debug, error, info, warn};
+use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
 use virtio_queue::QueueT;
@@ -21,7 +22,7 @@ use super::throttle::{Pass, Throttle};
 use crate::device::{Statistics, VirtioIommu};
 use crate::id::EndpointId;
 use crate::memory::GuestRam;
-use crate::queue::{Batch, deliver_faults, process_requests};
+use crate::queue::{Batch, QueueError, Requests, deliver_faults};
 use crate::spec;
 
 /// The largest queue that a frontend may ask for.
@@ -43,7 +44,6 @@ pub struct BackendOptions {
 
 /// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring. Under the state's
 /// lock no file of the frontend's is read or written.
-#[derive(Debug)]
 pub struct IommuBackend {
     options: BackendOptions,
     memory: Memory,
@@ -52,17 +52,16 @@ pub struct IommuBackend {
     again: (EventConsumer, EventNotifier),
 }
 
-#[derive(Debug)]
 struct State {
     device: VirtioIommu,
     /// The features that the frontend set last, without those of the protocol.
     features: u64,
-    requests: RequestRing,
+    request_ring: RequestRing,
     throttle: Throttle,
 }
 
 /// What is known of the request ring across stops.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct RequestRing {
     /// Where it was after the last batch.
     last: Option<Position>,
@@ -70,6 +69,10 @@ struct RequestRing {
     stopped: Option<Position>,
     /// The driver broke it: it is not looked at until it starts again.
     broken: bool,
+    /// What it carries.
+    requests: Requests,
+    /// The library's side of it, once it was kicked: to complete what is under way when it stops.
+    vring: Option<Vring>,
 }
 
 impl IommuBackend {
@@ -81,8 +84,12 @@ impl IommuBackend {
     pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
-        let state =
-            State { device, features: 0, requests: RequestRing::default(), throttle: Throttle::new(Instant::now()) };
+        let state = State {
+            device,
+            features: 0,
+            request_ring: RequestRing::default(),
+            throttle: Throttle::new(Instant::now()),
+        };
         Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again: pair()? })
     }
 
@@ -103,7 +110,7 @@ impl IommuBackend {
 
     /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
     pub fn shut_down(&self) -> Statistics {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.device.shut_down();
         state.log_notices();
         state.device.statistics()
@@ -111,31 +118,22 @@ impl IommuBackend {
 
     /// Takes away an endpoint whose device the host wants back. When this returns its file is closed.
     pub fn remove_endpoint(&self, endpoint: EndpointId) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.device.remove_endpoint(endpoint);
         self.finish(state);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic while the device was changed ends the process in release builds; elsewhere it is a test that fails.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn serve_rings(&self, requests: &Vring, events: &Vring) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
+        state.request_ring.vring.get_or_insert_with(|| requests.clone());
         let handled = self.serve_requests(&mut state, &mut requests.get_mut());
         let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
-        // down.
-        drop(state);
-        for (batch, vring) in [(handled, requests), (delivered, events)] {
-            if batch.notify
-                && let Err(error) = vring.signal_used_queue()
-            {
-                debug!("the frontend cannot be notified: {error}");
-            }
-        }
+        // down. Between the steps of a large MAP whoever waits for the device has it first.
+        MutexGuard::unlock_fair(state);
+        notify(handled.notify.then_some(requests));
+        notify(delivered.notify.then_some(events));
         if handled.more || delivered.more {
             self.look_again();
         }
@@ -163,17 +161,27 @@ impl IommuBackend {
         }
         let memory = self.memory.memory();
         state.start_if_stopped(vring, &memory);
-        if state.requests.broken {
+        if state.request_ring.broken {
             return Batch::default();
         }
-        let result = process_requests(&mut state.device, vring.get_queue_mut(), &*memory, BUDGET);
-        state.requests.last = Some(Position::of(vring.get_queue()));
+        let State { device, request_ring, .. } = &mut *state;
+        let result = request_ring.requests.process(device, vring.get_queue_mut(), &*memory, BUDGET);
+        request_ring.last = Some(Position::of(vring.get_queue()));
         result.unwrap_or_else(|error| {
-            state.requests.broken = true;
-            if state.may_log() {
-                error!("the guest's driver broke the request queue, which waits until it is set up again: {error}");
-            }
+            state.request_queue_broke(&error);
             Batch::default()
+        })
+    }
+
+    /// Completes the request that is under way, so that the ring stops where the frontend is told; whether the driver is to be
+    /// notified.
+    fn complete_request(&self, state: &mut State, vring: &Vring) -> bool {
+        let memory = self.memory.memory();
+        let State { device, request_ring, .. } = &mut *state;
+        let result = request_ring.requests.complete(device, vring.get_mut().get_queue_mut(), &*memory);
+        result.unwrap_or_else(|error| {
+            state.request_queue_broke(&error);
+            false
         })
     }
 
@@ -191,10 +199,22 @@ impl IommuBackend {
     }
 }
 
+fn notify(vring: Option<&Vring>) {
+    if let Some(Err(error)) = vring.map(VringT::signal_used_queue) {
+        debug!("the frontend cannot be notified: {error}");
+    }
+}
+
+impl fmt::Debug for IommuBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IommuBackend").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
 impl State {
     /// If the request ring was stopped and runs again: finds out whether the device was reset in between.
     fn start_if_stopped(&mut self, vring: &VringState<Memory>, memory: &GuestMemoryMmap) {
-        let Some(stopped) = self.requests.stopped.take() else {
+        let Some(stopped) = self.request_ring.stopped.take() else {
             return;
         };
         let queue = vring.get_queue();
@@ -213,8 +233,16 @@ impl State {
 
     /// Resets the device. The features were set before the rings started, so they hold.
     fn reset(&mut self) {
+        self.request_ring.requests.forget();
         self.device.reset();
         self.device.set_driver_features(self.features);
+    }
+
+    fn request_queue_broke(&mut self, error: &QueueError) {
+        self.request_ring.broken = true;
+        if self.may_log() {
+            error!("the guest's driver broke the request queue, which waits until it is set up again: {error}");
+        }
     }
 
     fn log_notices(&mut self) {
@@ -252,11 +280,11 @@ impl VhostUserBackend for IommuBackend {
     }
 
     fn features(&self) -> u64 {
-        self.lock().device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.state.lock().device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn acked_features(&self, features: u64) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.features = features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let features = state.features;
         state.device.set_driver_features(features);
@@ -273,9 +301,9 @@ impl VhostUserBackend for IommuBackend {
 
     fn reset_device(&self) {
         info!("the frontend reset the device");
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.features = 0;
-        state.requests = RequestRing::default();
+        state.request_ring = RequestRing::default();
         state.device.reset();
         self.finish(state);
     }
@@ -284,14 +312,14 @@ impl VhostUserBackend for IommuBackend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.lock().device.config();
+        let config = self.state.lock().device.config();
         let (offset, size) = (offset as usize, size as usize);
         // The library takes an empty answer for an error, and says so to the frontend.
         config.get(offset..).and_then(|rest| rest.get(..size)).unwrap_or_default().to_vec()
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.device.write_config(offset as usize, bytes);
         self.finish(state);
         Ok(())
@@ -300,14 +328,14 @@ impl VhostUserBackend for IommuBackend {
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let ram = GuestRam::from_mmap(&memory.memory()).unwrap_or_else(|error| {
             error!("{error}: the guest has no memory until the frontend gives it anew");
             GuestRam::default()
         });
         state.device.set_memory(ram);
         // A ring that was out of memory may be back.
-        state.requests.broken = false;
+        state.request_ring.broken = false;
         self.look_again();
         self.finish(state);
         Ok(())
@@ -323,15 +351,18 @@ impl VhostUserBackend for IommuBackend {
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         // Waits for a batch that is under way.
-        let mut state = self.lock();
+        let mut state = self.state.lock();
+        let mut to_notify = None;
         if queue_index == u32::from(spec::REQUEST_QUEUE) {
-            state.requests.broken = false;
+            to_notify = state.request_ring.vring.clone().filter(|vring| self.complete_request(&mut state, vring));
+            state.request_ring.broken = false;
             match self.options.on_stop {
-                OnStop::Keep => state.requests.stopped = state.requests.last,
+                OnStop::Keep => state.request_ring.stopped = state.request_ring.last,
                 OnStop::Reset => state.reset(),
             }
         }
         self.finish(state);
+        notify(to_notify.as_ref());
         Ok(())
     }
 

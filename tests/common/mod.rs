@@ -167,6 +167,12 @@ impl Machine {
 
     /// Sends a request and waits for its answer; `None` if there is none in two seconds.
     pub fn try_send(&mut self, request: &[u8], writable: u32) -> Option<Reply> {
+        self.post(request, writable);
+        self.wait_for_used(writable)
+    }
+
+    /// Sends a request.
+    pub fn post(&mut self, request: &[u8], writable: u32) {
         self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
         self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(REPLY)).unwrap();
         let descriptors =
@@ -180,10 +186,10 @@ impl Machine {
         let order = std::sync::atomic::Ordering::Release;
         self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();
         self.kick.write(1).unwrap();
-        self.wait_for_used(writable)
     }
 
-    fn wait_for_used(&mut self, writable: u32) -> Option<Reply> {
+    /// Waits for the answer to a request; `None` if there is none in two seconds.
+    pub fn wait_for_used(&mut self, writable: u32) -> Option<Reply> {
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
             let order = std::sync::atomic::Ordering::Acquire;

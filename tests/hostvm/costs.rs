@@ -2,7 +2,7 @@
 
 //! What MAP and UNMAP cost on this host, printed for docs/host-backends.md. Nothing is asserted about time.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -18,13 +18,28 @@ const PAGE: u64 = 0x1000;
 const SIZE: u64 = 256 << 20;
 const MAPPINGS: u64 = 4096;
 
-/// Memory of this size, of a memfd or of none, with all its pages there or none.
-fn ram(with_file: bool, resident: bool) -> GuestRam {
-    let file = with_file.then(|| {
-        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// A memfd.
+    File,
+    /// A memfd of huge pages.
+    HugeFile,
+    Anonymous,
+}
+
+/// Memory of this kind and size, with all its pages there or none.
+fn ram(kind: Kind, resident: bool) -> GuestRam {
+    let file = |flags| {
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC | flags).unwrap();
         ftruncate(&file, SIZE).unwrap();
-        FileOffset::new(File::from(file), 0)
-    });
+        Some(FileOffset::new(File::from(file), 0))
+    };
+    let file = match kind {
+        Kind::File => file(MemfdFlags::empty()),
+        Kind::HugeFile => file(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB),
+        Kind::Anonymous => None,
+    };
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), SIZE as usize, file)]).unwrap();
     if resident {
         for page in 0..SIZE / PAGE {
@@ -48,23 +63,27 @@ fn median(mut times: Vec<Duration>) -> Duration {
 #[test]
 #[ignore = "tests/hostvm/run costs"]
 fn of_map_and_unmap() {
+    // Twice the size: what was used last is given back when its table is.
+    fs::write("/proc/sys/vm/nr_hugepages", ((2 * SIZE) >> 21).to_string()).unwrap();
     for backend in BACKENDS {
         let (group, _, _files, _kept) = group_of(&[find(EDU)], backend);
         let table = group.new_table().unwrap();
         group.attach(&table).unwrap();
-        for (with_file, resident) in [(true, true), (true, false), (false, true), (false, false)] {
+        let kinds = [Kind::File, Kind::HugeFile, Kind::Anonymous];
+        for (kind, resident) in kinds.into_iter().flat_map(|kind| [(kind, true), (kind, false)]) {
             let mut times = [Vec::new(), Vec::new()];
             for _ in 0..5 {
-                let ram = ram(with_file, resident);
+                let ram = ram(kind, resident);
+                group.memory_changed(&ram);
                 let all = IovaRange::from_length(1 << 32, SIZE).unwrap();
                 let segments = ram.segments(GuestAddress(0), SIZE).unwrap();
                 times[0].push(time(|| table.map(all, &segments, Access::READ_WRITE).unwrap()) * 4);
                 times[1].push(time(|| assert_eq!(table.unmap(all).unwrap(), SIZE)) * 4);
             }
             let [map, unmap] = times.map(median);
-            println!("cost: {backend:?} file {with_file} resident {resident}: MAP {map:?}/GiB, UNMAP {unmap:?}/GiB");
+            println!("cost: {backend:?} {kind:?} resident {resident}: MAP {map:?}/GiB, UNMAP {unmap:?}/GiB");
         }
-        let ram = ram(true, true);
+        let ram = ram(Kind::File, true);
         group.memory_changed(&ram);
         let mut times = [Vec::new(), Vec::new()];
         for _ in 0..5 {

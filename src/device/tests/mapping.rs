@@ -186,3 +186,139 @@ fn software_endpoints_need_no_host() {
     assert_eq!(send(&unmap_bytes(1, range("0-ffff"))), OK);
     assert_eq!(send(&map_bytes(1, range("0-fff"), 0, READ)), OK);
 }
+
+const GIB: u64 = 1 << 30;
+
+/// A machine with eight GiB of memory and an endpoint in domain 1.
+fn large() -> Machine {
+    let mut machine = attached();
+    machine.device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 8 * GIB)]).unwrap());
+    machine
+}
+
+fn large_map() -> Vec<u8> {
+    // 3.5 GiB, from the middle of a step.
+    map_bytes(1, range("120000000-1ffffffff"), 0x1_0000_0000, READ)
+}
+
+/// Takes steps until there is an answer; its status and how many steps it took.
+fn finish(machine: &mut Machine, mut progress: Progress) -> (u8, usize) {
+    let mut reply = [0xaa; 4];
+    let mut steps = 1;
+    while let Progress::Unfinished(map) = progress {
+        progress = machine.device.go_on(map, &mut reply);
+        steps += 1;
+    }
+    assert!(matches!(progress, Progress::Answered { used: 4 }), "{progress:?}");
+    assert_eq!(reply[1..], [0; 3]);
+    (reply[0], steps)
+}
+
+#[test]
+fn a_large_map_is_done_in_steps_and_undone_in_one() {
+    let mut machine = large();
+    let progress = machine.device.begin(&large_map(), &mut [0; 4]);
+    assert_eq!(machine.host.mappings(LONE).len(), 1);
+    assert_eq!(machine.host.dma(LONE, 0x1_3fff_ffff, Access::READ), Some(0x1_1fff_ffff));
+    assert_eq!(machine.host.dma(LONE, 0x1_4000_0000, Access::READ), None);
+    assert_eq!(finish(&mut machine, progress), (OK, 4));
+    let mapped: Vec<IovaRange> = machine.host.mappings(LONE).iter().map(|mapping| mapping.iova).collect();
+    let steps = ["120000000-13fffffff", "140000000-17fffffff", "180000000-1bfffffff", "1c0000000-1ffffffff"];
+    assert_eq!(mapped, steps.map(range));
+    for iova in [0x1_2000_0000, 0x1_7fff_ffff, 0x1_8000_0000, 0x1_ffff_ffff] {
+        assert_eq!(machine.host.dma(LONE, iova, Access::READ), Some(iova - 0x2000_0000));
+    }
+    machine.check_invariants();
+    let calls = machine.host.calls();
+    assert_eq!(machine.unmap(1, "120000000-13fffffff"), RANGE, "it is one mapping");
+    assert_eq!(machine.unmap(1, "120000000-1ffffffff"), OK);
+    assert_eq!(machine.host.calls() - calls, 1);
+    machine.check_invariants();
+}
+
+#[test]
+fn a_large_map_that_fails_at_any_step_leaves_nothing() {
+    for step in 0..4 {
+        let mut machine = large();
+        machine.map(1, "1000-1fff", 0, READ);
+        let before = machine.snapshot();
+        machine.host.fail_after(step, Failure::Error(HostErrorKind::NoMemory));
+        let progress = machine.device.begin(&large_map(), &mut [0; 4]);
+        let (status, steps) = match progress {
+            Progress::Answered { used } => {
+                assert_eq!(used, 4);
+                (NOMEM, 1)
+            }
+            unfinished @ Progress::Unfinished(_) => finish(&mut machine, unfinished),
+        };
+        assert_eq!((status, steps), (NOMEM, step as usize + 1));
+        assert_eq!(machine.snapshot(), before);
+        let fault = machine.device.take_fault().unwrap();
+        assert_eq!((fault.reason, fault.address), (FaultReason::Mapping, Some(0x1_2000_0000)));
+        assert_eq!(machine.device.take_fault(), None);
+        machine.check_invariants();
+        assert_eq!(machine.request(&large_map()), OK);
+    }
+}
+
+/// What may happen between two steps of a MAP, and what is answered then.
+#[test]
+fn a_large_map_is_given_up_when_its_domain_or_memory_goes() {
+    type Event = fn(&mut VirtioIommu);
+    let less = |device: &mut VirtioIommu| {
+        device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 5 * GIB)]).unwrap());
+    };
+    let events: [(Event, u8); 5] = [
+        (|_| (), OK),
+        (VirtioIommu::reset, NOENT),
+        (|device| assert!(device.remove_endpoint(LONE)), NOENT),
+        (VirtioIommu::shut_down, NOENT),
+        (less, FAULT),
+    ];
+    for (event, expected) in events {
+        let mut machine = large();
+        let progress = machine.device.begin(&large_map(), &mut [0; 4]);
+        event(&mut machine.device);
+        assert_eq!(finish(&mut machine, progress).0, expected);
+        if expected != OK {
+            assert_eq!(machine.host.dma(LONE, 0x1_2000_0000, Access::READ), None);
+            assert_eq!(machine.host.mappings(LONE), []);
+        }
+    }
+}
+
+/// While a MAP is under way its part can be taken away only by what no driver does; then it is given up.
+#[test]
+fn a_large_map_whose_part_was_unmapped_is_given_up() {
+    let mut machine = large();
+    let progress = machine.device.begin(&large_map(), &mut [0; 4]);
+    assert_eq!(machine.unmap(1, "0-ffffffffffff"), OK);
+    assert_eq!(finish(&mut machine, progress), (DEVERR, 2));
+    assert_eq!(machine.host.mappings(LONE), []);
+    machine.check_invariants();
+}
+
+#[test]
+fn a_large_map_is_given_up_when_its_domain_cannot_be_kept_in_step() {
+    let mut machine = large();
+    assert_eq!(machine.map(1, "1000-1fff", 7 * GIB + GIB / 2, READ), OK);
+    let progress = machine.device.begin(&large_map(), &mut [0; 4]);
+    // Memory leaves under the other mapping; neither can that be unmapped, nor is there a fresh table.
+    machine.host.fail_after(0, Failure::Error(HostErrorKind::Other));
+    machine.host.fail_after(1, Failure::Error(HostErrorKind::NoMemory));
+    machine.device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 7 * GIB + GIB / 2)]).unwrap());
+    assert!(machine.is_blocked(LONE));
+    assert_eq!(finish(&mut machine, progress), (DEVERR, 2));
+    assert_eq!(machine.unmap(1, "1000-1fff"), OK, "it is the only mapping, and the domain starts afresh");
+    assert!(!machine.is_blocked(LONE));
+    machine.check_invariants();
+}
+
+#[test]
+fn a_large_mapping_that_allows_nothing_takes_no_steps() {
+    let mut machine = large();
+    let calls = machine.host.calls();
+    assert_eq!(machine.map(1, "120000000-1ffffffff", 0, 0), OK);
+    assert_eq!(machine.host.calls(), calls);
+    assert_eq!(machine.map(1, "1ffffffff000-1fffffffffff", 0, READ), OK);
+}
