@@ -87,6 +87,7 @@ pub mod host;
 pub mod id;
 #[cfg(feature = "daemon")]
 pub mod launch;
+mod mapping;
 pub mod memory;
 #[cfg(feature = "queue")]
 pub mod queue;

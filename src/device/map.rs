@@ -8,13 +8,14 @@
 
 use vm_memory::GuestAddress;
 
-use super::domain::{Domain, Mapping, WouldSplit};
+use super::domain::Domain;
 use super::group::Agreement;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
 use crate::causes::with_causes;
 use crate::host::{HostError, HostErrorKind, IoPageTable, MapError, UnmapError};
 use crate::id::DomainId;
+use crate::mapping::{Mapping, WouldSplit};
 use crate::memory::HostSegment;
 use crate::range::IovaRange;
 use crate::request::Status;
@@ -83,7 +84,7 @@ impl VirtioIommu {
         let space = self.domains.get(&domain).and_then(Domain::space).ok_or(Status::NoEntry)?;
         let so_far = done.map(|iova| Mapping { iova, ..whole });
         // Something else may have been done since the last step.
-        if space.poisoned || so_far.is_some_and(|mapping| space.mappings.overlapping(whole.iova) != Some(&mapping)) {
+        if space.poisoned || so_far.is_some_and(|mapping| space.mappings.overlapping(whole.iova) != Some(mapping)) {
             return Err(Status::DeviceError);
         }
         let start = done.map_or(whole.iova.start(), |done| done.last() + 1);

@@ -3,10 +3,11 @@
 //! Guest memory that changes under live mappings.
 
 use super::VirtioIommu;
-use super::domain::{Domain, Mapping};
+use super::domain::Domain;
 use super::map::unmap_exactly;
 use crate::host::HostError;
 use crate::id::DomainId;
+use crate::mapping::Mapping;
 use crate::memory::{GuestRam, HostSegment};
 
 /// A mapping whose memory is not what it was.
@@ -44,8 +45,7 @@ impl VirtioIommu {
             return Ok(());
         };
         for mapping in space.mappings.iter() {
-            let change =
-                Change { mapping: *mapping, before: mapping.segments(old), after: mapping.segments(&self.ram) };
+            let change = Change { mapping, before: mapping.segments(old), after: mapping.segments(&self.ram) };
             if change.is_real() {
                 for table in self.host_tables(domain) {
                     change.apply(table)?;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use crate::host::{HostGroup, IoPageTable};
 use crate::id::{DomainId, EndpointId};
+use crate::mapping::SMALLEST_PAGE;
 use crate::memory::GuestRam;
 use crate::range::IovaRange;
 use crate::request::{LARGEST_REPLY, Request, RequestKind, Status, probe_reply_size, write_reply};
@@ -49,7 +50,7 @@ pub use statistics::{Count, Statistics};
 pub struct Settings {
     /// The virtual addresses that can be mapped.
     pub input_range: IovaRange,
-    /// The smallest page, in bytes: a power of two up to 2 MiB. The guest is also told of 2 MiB and 1 GiB.
+    /// The smallest page, in bytes: a power of two from 4 KiB to 2 MiB. The guest is also told of 2 MiB and 1 GiB.
     pub granule: u64,
     /// The domain IDs that can be used, both ends included; all by default.
     pub domain_range: RangeInclusive<u32>,
@@ -113,7 +114,7 @@ pub enum SetupError {
     /// An endpoint is in no group.
     #[error("endpoint {0} is in no host group")]
     NoGroup(EndpointId),
-    /// The granule is not a power of two up to 2 MiB, or the input range is not a multiple of it.
+    /// The granule is not a power of two from 4 KiB to 2 MiB, or the input range is not a multiple of it.
     #[error("a granule of {granule:#x} bytes does not fit the input range {input_range}")]
     Granule {
         /// The granule.
@@ -409,7 +410,7 @@ impl Drop for VirtioIommu {
 
 fn check_settings(settings: &Settings) -> Result<(), SetupError> {
     let Settings { granule, input_range, probe_size, .. } = *settings;
-    if !granule.is_power_of_two() || granule > 1 << 21 || !input_range.is_aligned(granule) {
+    if !granule.is_power_of_two() || !(SMALLEST_PAGE..=1 << 21).contains(&granule) || !input_range.is_aligned(granule) {
         return Err(SetupError::Granule { granule, input_range });
     }
     if !settings.map_step.is_power_of_two() || settings.map_step < granule {

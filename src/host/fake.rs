@@ -76,6 +76,7 @@ pub struct FakeHost {
 #[derive(Debug)]
 struct State {
     flavour: Flavour,
+    granule: u64,
     tables: BTreeMap<u32, BTreeMap<u64, FakeMapping>>,
     next_table: u32,
     groups: Vec<GroupState>,
@@ -93,7 +94,7 @@ struct GroupState {
     attachment: Attachment,
 }
 
-/// The smallest page of the model.
+/// The smallest page of the model, unless it is told otherwise.
 const GRANULE: u64 = 0x1000;
 
 impl FakeHost {
@@ -101,6 +102,7 @@ impl FakeHost {
     pub fn new(flavour: Flavour) -> Self {
         let state = State {
             flavour,
+            granule: GRANULE,
             tables: BTreeMap::new(),
             next_table: 1,
             groups: Vec::new(),
@@ -200,6 +202,11 @@ impl FakeHost {
         let mut state = self.lock();
         let group = state.groups.iter_mut().find(|group| group.members.contains(&endpoint));
         group.expect("the endpoint is in a group").usable = usable;
+    }
+
+    /// All groups can map no smaller pages than this from now on.
+    pub fn coarsen(&self, granule: u64) {
+        self.lock().granule = granule;
     }
 
     /// Somebody else attaches the group of an endpoint to guest memory as it is, as a VMM does with a device that it plugs.
@@ -332,7 +339,8 @@ impl IoPageTable for FakeTable {
             return Err(MapError::Refused(planned(failure)));
         }
         let length: u128 = to.iter().map(|segment| u128::from(segment.length())).sum();
-        let aligned = iova.is_aligned(GRANULE) && to.iter().all(|segment| segment.start().0 & (GRANULE - 1) == 0);
+        let granule = state.granule;
+        let aligned = iova.is_aligned(granule) && to.iter().all(|segment| segment.start().0 & (granule - 1) == 0);
         if length != iova.size() || !aligned || access.is_none() || !state.usable(self.id).covers(iova) {
             return Err(MapError::Refused(error(HostErrorKind::Unmappable)));
         }
@@ -373,7 +381,7 @@ impl IoPageTable for FakeTable {
         let mut state = self.host.lock();
         match state.call() {
             Some(failure) => Err(planned(failure)),
-            None => Ok(Constraints { usable: state.usable(self.id), granule: GRANULE }),
+            None => Ok(Constraints { usable: state.usable(self.id), granule: state.granule }),
         }
     }
 }

@@ -174,11 +174,12 @@ fn a_host_that_maps_less_than_promised_is_blocked_and_unsupp() {
 
 #[test]
 fn a_host_that_maps_in_larger_pages_than_promised_is_blocked_and_unsupp() {
-    let mut machine = Machine::with(Flavour::Iommufd, Settings { granule: 0x800, ..settings() });
+    let mut machine = Machine::new(Flavour::Iommufd);
+    machine.host.coarsen(0x1_0000);
     assert_eq!(machine.send(&attach_bytes(1, LONE, 0), 4).status, UNSUPP);
     assert!(machine.is_blocked(LONE));
     let notice = machine.device.next_notice().unwrap().to_string();
-    assert!(notice.contains("pages of 0x1000 bytes"), "{notice}");
+    assert!(notice.contains("pages of 0x10000 bytes"), "{notice}");
 }
 
 #[test]

@@ -136,7 +136,7 @@ impl Machine {
             .domains
             .iter()
             .map(|(id, domain)| {
-                let mappings = domain.space().map(|space| space.mappings.iter().copied().collect::<Vec<_>>());
+                let mappings = domain.space().map(|space| space.mappings.iter().collect::<Vec<_>>());
                 (*id, domain.endpoints.clone(), mappings)
             })
             .collect();

@@ -158,7 +158,11 @@ fn endpoints_groups_and_settings_must_fit_each_other() {
     #[expect(clippy::reversed_empty_ranges, reason = "that is what is refused")]
     let inverted = Settings { domain_range: 2..=1, ..settings() };
     assert!(matches!(VirtioIommu::new(inverted, vec![], vec![]), Err(SetupError::DomainRange(_))));
-    for granule in [0, 3, 1 << 22] {
+    for map_step in [0, 0x800, 0x3000] {
+        let result = VirtioIommu::new(Settings { map_step, ..settings() }, vec![], vec![]);
+        assert_eq!(result.map(|_| ()), Err(SetupError::MapStep(map_step)));
+    }
+    for granule in [0, 3, 0x800, 1 << 22] {
         let result = VirtioIommu::new(Settings { granule, ..settings() }, vec![], vec![]);
         assert!(matches!(result, Err(SetupError::Granule { .. })), "{granule}");
     }
