@@ -97,6 +97,8 @@ pub mod reserved;
 pub mod spec;
 #[cfg(feature = "acpi")]
 pub mod topology;
+#[cfg(feature = "translate")]
+pub mod translate;
 #[cfg(feature = "daemon")]
 pub mod vhost_user;
 

@@ -294,12 +294,12 @@ mod tests {
 
     #[test]
     fn memory_follows_the_number_of_mappings() {
-        let dense = table(&(0..65536).map(|page| range(page << 12, page << 12 | 0xfff)).collect::<Vec<_>>());
+        let dense = table(&(0..65536).map(|page| range(page << 12, (page << 12) | 0xfff)).collect::<Vec<_>>());
         assert!(dense.bytes() / 65536 <= 25, "{}", dense.bytes() / 65536);
         // One mapping stays of each leaf that there was.
         let mut table = dense;
         for leaf in 0..1024u64 {
-            table.remove(range(leaf << 18 | 0x1000, leaf << 18 | 0x3_ffff));
+            table.remove(range((leaf << 18) | 0x1000, (leaf << 18) | 0x3_ffff));
         }
         assert_eq!(table.len(), 1024);
         assert!(table.bytes() / 1024 <= 4 * 25, "{}", table.bytes() / 1024);
@@ -307,7 +307,7 @@ mod tests {
         let mut page = 0u64;
         let shuffled = (0..65536).map(|_| {
             page = (page * 40961 + 12345) % 65536;
-            range(page << 12, page << 12 | 0xfff)
+            range(page << 12, (page << 12) | 0xfff)
         });
         let shuffled: Vec<_> = shuffled.collect();
         let table = self::table(&shuffled);

@@ -163,7 +163,7 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
 ) -> Result<Batch, QueueError> {
     let mut batch = Batch::default();
     let mut chain = Chain::default();
-    while let Some(fault) = device.first_fault() {
+    while let Some(fault) = device.first_fault().copied() {
         if available(queue, memory)? == 0 {
             break;
         }

@@ -4,7 +4,9 @@
 
 use std::collections::VecDeque;
 
+use super::VirtioIommu;
 use crate::access::Access;
+use crate::host::refused::{RefusalReason, RefusedAccess};
 use crate::id::EndpointId;
 use crate::spec::fault;
 
@@ -94,6 +96,27 @@ impl FaultQueue {
 
     pub fn clear(&mut self) {
         self.waiting.clear();
+    }
+}
+
+impl VirtioIommu {
+    /// Makes events of the accesses that hosts refused.
+    pub(super) fn collect_refused(&mut self) {
+        for queue in self.groups.iter().filter_map(|group| group.host.refused()) {
+            while let Some(refused) = queue.pop() {
+                self.faults.push(refused.into());
+            }
+        }
+    }
+}
+
+impl From<RefusedAccess> for Fault {
+    fn from(refused: RefusedAccess) -> Self {
+        let reason = match refused.reason {
+            RefusalReason::NoTable => FaultReason::Domain,
+            RefusalReason::NotMapped | RefusalReason::NotAllowed => FaultReason::Mapping,
+        };
+        Self { reason, endpoint: refused.endpoint, address: Some(refused.address), access: refused.access }
     }
 }
 

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use crate::host::refused::RefusedAccesses;
 use crate::host::{HostGroup, IoPageTable};
 use crate::id::{DomainId, EndpointId};
 use crate::mapping::SMALLEST_PAGE;
@@ -373,12 +374,14 @@ impl VirtioIommu {
     }
 
     /// The oldest fault event that waits for the guest.
-    pub fn first_fault(&self) -> Option<&Fault> {
+    pub fn first_fault(&mut self) -> Option<&Fault> {
+        self.collect_refused();
         self.faults.first()
     }
 
     /// Takes the oldest fault event that waits for the guest.
     pub fn take_fault(&mut self) -> Option<Fault> {
+        self.collect_refused();
         self.faults.pop()
     }
 
@@ -388,9 +391,10 @@ impl VirtioIommu {
     }
 
     /// What has been counted since the device was made.
-    pub const fn statistics(&self) -> Statistics {
+    pub fn statistics(&self) -> Statistics {
         let mut statistics = self.statistics;
-        statistics.faults_dropped = self.faults.dropped();
+        let by_hosts = self.groups.iter().filter_map(|group| group.host.refused()).map(RefusedAccesses::dropped);
+        statistics.faults_dropped = by_hosts.fold(self.faults.dropped(), u64::saturating_add);
         statistics.notices_dropped = self.notices.dropped();
         statistics
     }

@@ -15,10 +15,13 @@ use crate::id::EndpointId;
 use crate::memory::{GuestRam, HostSegment};
 use crate::range::{IovaRange, RangeSet};
 
+use refused::RefusedAccesses;
+
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
+pub mod refused;
 pub mod replay;
 pub mod software;
 #[cfg(feature = "type1")]
@@ -64,6 +67,11 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// members reach; the group was blocked if there is none. By default nothing is done.
     fn release(&self, member: EndpointId) {
         let _ = member;
+    }
+
+    /// The accesses of the group that its table refused, for a host that tells. By default none does.
+    fn refused(&self) -> Option<&RefusedAccesses> {
+        None
     }
 
     /// Guest memory is this now; no table maps any other. By default nothing is done.

@@ -148,7 +148,7 @@ impl Leaf {
         let Mapping { iova, physical, access } = mapping;
         self.starts[place] = iova.start();
         self.lasts[place] = iova.last();
-        self.targets[place] = physical.0 | u64::from(access.read) * READ | u64::from(access.write) * WRITE;
+        self.targets[place] = physical.0 | (u64::from(access.read) * READ) | (u64::from(access.write) * WRITE);
     }
 
     /// Copies mappings of another leaf behind its own.

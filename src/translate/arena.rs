@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Nodes of the trees that translations are cached in: a fixed number of them, for all trees together.
+//!
+//! Nodes are known by their numbers, so that nothing that is read from one can lead out of the arena. Memory is taken from the
+//! system as nodes come into use.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use super::sync::{AtomicU64, Mutex};
+
+/// How many entries a node has: as many as a bitmap has bits.
+pub(super) const SLOTS: usize = 64;
+
+/// The number of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Node(u32);
+
+impl Node {
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    pub const fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Arena {
+    entries: Box<[AtomicU64]>,
+    /// For each node, which of its entries are not zero. Only looked at under the lock of the tree that has the node.
+    occupied: Box<[AtomicU64]>,
+    free: Mutex<Free>,
+}
+
+#[derive(Debug)]
+struct Free {
+    returned: Vec<Node>,
+    /// The first one that was never used.
+    next: u32,
+}
+
+impl Arena {
+    /// An arena of so many nodes.
+    pub fn new(nodes: u32) -> Self {
+        let count = nodes as usize;
+        let free = Mutex::new(Free { returned: Vec::new(), next: 0 });
+        Self { entries: zeroed(count.saturating_mul(SLOTS)), occupied: zeroed(count), free }
+    }
+
+    /// A node without entries, if one is left.
+    pub fn take(&self) -> Option<Node> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(node) = free.returned.pop() {
+            return Some(node);
+        }
+        let node = Node(free.next);
+        self.occupied.get(node.0 as usize)?;
+        free.next += 1;
+        Some(node)
+    }
+
+    /// Takes nodes back, none of which has an entry, and none of which anybody can reach any more.
+    pub fn give_back(&self, nodes: &[Node]) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).returned.extend_from_slice(nodes);
+    }
+
+    /// An entry; 0 if there is none.
+    pub fn load(&self, node: Node, slot: usize) -> u64 {
+        // Acquire: the node that it leads to is seen as it was when the entry was made.
+        self.entries.get(place(node, slot)).map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    pub fn store(&self, node: Node, slot: usize, value: u64) {
+        if let Some((entry, occupied)) = self.entries.get(place(node, slot)).zip(self.occupied.get(node.0 as usize)) {
+            entry.store(value, Ordering::Release);
+            let bit = 1 << slot;
+            let before = occupied.load(Ordering::Relaxed);
+            occupied.store(if value == 0 { before & !bit } else { before | bit }, Ordering::Relaxed);
+        }
+    }
+
+    /// Which entries of a node are not zero.
+    pub fn occupied(&self, node: Node) -> u64 {
+        self.occupied.get(node.0 as usize).map_or(0, |occupied| occupied.load(Ordering::Relaxed))
+    }
+
+    /// How many nodes are in use.
+    #[cfg(test)]
+    pub fn in_use(&self) -> usize {
+        let free = self.free.lock().unwrap();
+        free.next as usize - free.returned.len()
+    }
+}
+
+const fn place(node: Node, slot: usize) -> usize {
+    node.0 as usize * SLOTS + slot
+}
+
+/// Zeroes that the system provides as they are looked at.
+#[cfg(not(loom))]
+fn zeroed(count: usize) -> Box<[AtomicU64]> {
+    bytemuck::allocation::zeroed_slice_box(count)
+}
+
+#[cfg(loom)]
+fn zeroed(count: usize) -> Box<[AtomicU64]> {
+    (0..count).map(|_| AtomicU64::new(0)).collect()
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guest memory by I/O virtual addresses.
+
+use std::iter::FusedIterator;
+
+use vm_memory::bitmap::{BS, BitmapSlice};
+use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
+use vm_memory::iommu::{Error as IommuError, IovaRange as VmMemoryRange};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions, VolatileSlice};
+
+use super::translator::{Pinned, TranslationFault};
+use crate::access::Access;
+
+/// Guest memory as an endpoint sees it: a [`GuestMemory`] for virtqueues and whatever else is generic over it.
+///
+/// The translations hold until it is dropped, and so do all slices that come from it: an UNMAP is not answered before. Pages that
+/// are written are marked in the physical memory's own dirty bitmaps, by guest-physical address.
+#[derive(Debug)]
+pub struct IovaMemory<'t, M> {
+    pinned: Pinned<'t>,
+    physical: &'t M,
+}
+
+impl<'t, M: GuestMemoryBackend> IovaMemory<'t, M> {
+    pub(super) const fn new(pinned: Pinned<'t>, physical: &'t M) -> Self {
+        Self { pinned, physical }
+    }
+
+    /// What translates.
+    pub const fn pinned(&self) -> &Pinned<'t> {
+        &self.pinned
+    }
+}
+
+impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
+    type PhysicalMemory = M;
+    type Bitmap = <M::R as GuestMemoryRegion>::B;
+
+    /// Makes no fault event: it is a question, not an access.
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        let (mut iova, mut left) = (addr.0, count);
+        while left != 0 {
+            let Ok(found) = self.pinned.translate(iova, left, access_of(access)) else {
+                return false;
+            };
+            if !GuestMemoryBackend::check_range(self.physical, found.start, found.length) {
+                return false;
+            }
+            left -= found.length;
+            match iova.checked_add(found.length as u64) {
+                Some(next) => iova = next,
+                None => return left == 0,
+            }
+        }
+        true
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
+        let mut segments = self.pinned.segments(addr.0, count, access_of(access));
+        let physical = self.physical;
+        let mut current = None;
+        Ok(Slices(std::iter::from_fn(move || {
+            loop {
+                if let Some(slice) = current.as_mut().and_then(Iterator::next) {
+                    return Some(slice);
+                }
+                match segments.next()? {
+                    Ok(segment) => {
+                        current = Some(GuestMemoryBackend::get_slices(physical, segment.start, segment.length));
+                    }
+                    Err(fault) => return Some(Err(error_of(fault))),
+                }
+            }
+        })))
+    }
+}
+
+/// Ends with the first error.
+struct Slices<I>(I);
+
+impl<'a, B: BitmapSlice, I: Iterator<Item = Result<VolatileSlice<'a, B>>>> Iterator for Slices<I> {
+    type Item = I::Item;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next()
+    }
+}
+
+impl<'a, B: BitmapSlice, I: Iterator<Item = Result<VolatileSlice<'a, B>>>> FusedIterator for Slices<I> {}
+
+impl<'a, B: BitmapSlice, I: Iterator<Item = Result<VolatileSlice<'a, B>>>> GuestMemorySliceIterator<'a, B>
+    for Slices<I>
+{
+}
+
+pub(super) const fn access_of(permissions: Permissions) -> Access {
+    match permissions {
+        Permissions::No => Access::NONE,
+        Permissions::Read => Access::READ,
+        Permissions::Write => Access::WRITE,
+        Permissions::ReadWrite => Access::READ_WRITE,
+    }
+}
+
+pub(super) fn error_of(fault: TranslationFault) -> Error {
+    let iova_range = VmMemoryRange { base: GuestAddress(fault.0.address), length: 1 };
+    Error::IommuError(IommuError::CannotResolve { iova_range, reason: fault.to_string() })
+}
