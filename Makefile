@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 CARGO ?= cargo
-FEATURES = queue iommufd type1 acpi test-utils
+# In all combinations; those that nothing else depends on, with none of the others and with all.
+FEATURES = queue iommufd type1 translate test-utils
+LEAF_FEATURES = acpi
 
-.PHONY: all demo test check unit hostvm features fuzz soak
+.PHONY: all demo test check unit model hostvm features fuzz soak
 
 all:
 	$(CARGO) build --release
@@ -13,7 +15,7 @@ demo:
 	@sh tests/hostvm/demo
 
 # Everything. The host VM's pieces are fetched once; see tests/hostvm/run.
-test: check unit hostvm
+test: check unit model hostvm
 	@echo "test: OK"
 
 check:
@@ -27,12 +29,18 @@ check:
 
 # Every combination of features builds without a warning.
 features:
-	@sh tests/feature-combinations $(FEATURES)
+	@sh tests/feature-combinations "$(FEATURES)" "$(LEAF_FEATURES)"
 
 unit:
 	@echo "unit: tests that need no host"
 	@$(CARGO) test --quiet --all-features
 	@$(CARGO) test --quiet --no-default-features
+
+# Interleavings of the translation path, by the model checker.
+model:
+	@echo "model: interleavings of lookups and unmaps"
+	@RUSTFLAGS="$(RUSTFLAGS) --cfg loom" $(CARGO) test --quiet --release --no-default-features --features translate --lib \
+		--target-dir target/loom translate::model
 
 hostvm:
 	@sh tests/hostvm/run
@@ -41,6 +49,7 @@ hostvm:
 soak: export SOAK_SECONDS = $(SECONDS)
 soak:
 	@$(CARGO) test --release --all-features --lib -- --ignored --nocapture generated::soak
+	@$(CARGO) test --release --all-features --lib -- --nocapture stress::nothing_is_touched
 	@echo "soak: OK"
 
 TARGET ?= requests

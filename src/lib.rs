@@ -55,6 +55,7 @@
 //! | [`range`], [`id`], [`access`], [`causes`] | ranges of addresses, names of things, permissions, errors as text | |
 //! | [`reserved`] | what a guest must not map, and why | |
 //! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, and a model for tests | `iommufd`, `type1`, `test-utils` |
+//! | [`translate`] | translation in software, for devices that are emulated in this process | `translate` |
 //! | [`memory`] | guest memory as the host needs it | |
 //! | [`fd`] | files passed in | `iommufd`, `type1` |
 //! | [`queue`] | virtqueues | `queue` |

@@ -2,8 +2,8 @@
 
 //! Endpoints behind no host IOMMU: devices that the VMM emulates.
 //!
-//! There is no table on the host to keep in step: requests for such endpoints are checked and remembered. Translating their
-//! accesses is the VMM's; this version has no way to ask the device for a translation.
+//! There is no table on the host to keep in step: requests for such endpoints are checked and remembered, and nobody can ask for a
+//! translation. Where devices do ask, there is feature `translate`.
 
 #![forbid(unsafe_code)]
 

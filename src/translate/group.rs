@@ -5,9 +5,6 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
-use vm_memory::GuestAddress;
-
 use super::Translation;
 use super::sync::{is_pinned, wait_for_pins};
 use super::table::Table;
@@ -21,6 +18,7 @@ use crate::id::EndpointId;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
 use crate::memory::HostSegment;
 use crate::range::{IovaRange, RangeSet};
+use arc_swap::ArcSwapOption;
 
 /// A group of endpoints whose devices are emulated and ask for translations; usually just one. As it is found it is blocked.
 #[derive(Debug)]
@@ -128,14 +126,13 @@ impl IoPageTable for EmulatedTable {
             }
             end = segment.start().0.checked_add(segment.length());
         }
-        let physical: GuestAddress = first;
         let fits = iova.is_aligned(SMALLEST_PAGE)
-            && physical.0 % SMALLEST_PAGE == 0
+            && first.0.is_multiple_of(SMALLEST_PAGE)
             && self.translation.aperture().covers(iova);
         if !fits {
             return Err(refused(HostErrorKind::Unmappable));
         }
-        if !self.table.map(Mapping { iova, physical, access }) {
+        if !self.table.map(Mapping { iova, physical: first, access }) {
             return Err(refused(HostErrorKind::AlreadyMapped));
         }
         Ok(())

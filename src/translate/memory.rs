@@ -56,12 +56,12 @@ impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
         true
     }
 
-    fn get_slices<'a>(
-        &'a self,
+    fn get_slices(
+        &self,
         addr: GuestAddress,
         count: usize,
         access: Permissions,
-    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
+    ) -> Result<impl GuestMemorySliceIterator<'_, BS<'_, Self::Bitmap>>> {
         let mut segments = self.pinned.segments(addr.0, count, access_of(access));
         let physical = self.physical;
         let mut current = None;

@@ -30,9 +30,13 @@ mod adapter;
 mod arena;
 mod group;
 mod memory;
+#[cfg(loom)]
+#[cfg(test)]
+mod model;
 mod sync;
 mod table;
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests;
 mod translator;
 

@@ -244,7 +244,8 @@ const fn node_of(entry: u64) -> Node {
     Node::from_number((entry >> PAGE_SHIFT) as u32)
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use vm_memory::GuestAddress;
 

@@ -215,7 +215,7 @@ fn guest_memory_by_virtual_addresses_reads_writes_and_marks_what_is_dirty() {
     machine.map(1, 0x1_2000, PAGE, 0x3000, READ);
     let physical = machine.memory.clone();
     let memory = machine.disk.memory(&physical);
-    let pattern: Vec<u8> = (0..0x2000u32).map(|index| (index * 7 >> 3) as u8).collect();
+    let pattern: Vec<u8> = (0..0x2000u32).map(|index| ((index * 7) >> 3) as u8).collect();
     memory.write_slice(&pattern, GuestAddress(0x1_0000)).unwrap();
     let mut read = vec![0; 0x2000];
     physical.read_slice(&mut read, GuestAddress(0xf_f000)).unwrap();
