@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi
 
-.PHONY: all demo test check unit model hostvm features fuzz soak
+.PHONY: all demo test check unit model hostvm features bench fuzz soak
 
 all:
 	$(CARGO) build --release
@@ -44,6 +44,10 @@ model:
 
 hostvm:
 	@sh tests/hostvm/run
+
+# What things cost, beside what others would; needs valgrind.
+bench:
+	@$(CARGO) bench --quiet --features translate --bench main
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)

@@ -53,16 +53,16 @@ pub use translator::{Pinned, Segment, Segments, TranslationFault, Translator};
 pub struct Limits {
     /// How many bits addresses have, from 12 to 64: 48 by default. What lies behind cannot be mapped.
     pub address_bits: u32,
-    /// How many nodes of 520 bytes there are for all domains; 131072 by default, which is 65 MiB. A node serves 256 KiB of small
-    /// mappings.
+    /// How many nodes of 520 bytes there are for all domains; 262144 by default, which is 130 MiB if a guest uses them all. A node
+    /// serves 256 KiB of addresses that are mapped page by page.
     pub nodes: u32,
-    /// How many of them a domain may have; 32768 by default.
+    /// How many of them a domain may have; half by default.
     pub nodes_per_domain: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { address_bits: 48, nodes: 1 << 17, nodes_per_domain: 1 << 15 }
+        Self { address_bits: 48, nodes: 1 << 18, nodes_per_domain: 1 << 17 }
     }
 }
 
