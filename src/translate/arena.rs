@@ -8,6 +8,7 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
+use super::entry::Entry;
 use super::sync::{AtomicU64, Mutex};
 
 /// How many entries a node has: as many as a bitmap has bits.
@@ -18,6 +19,9 @@ pub(super) const SLOTS: usize = 64;
 pub(super) struct Node(u32);
 
 impl Node {
+    /// No node.
+    pub const NONE: Self = Self(u32::MAX);
+
     pub const fn number(self) -> u32 {
         self.0
     }
@@ -67,18 +71,21 @@ impl Arena {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).returned.extend_from_slice(nodes);
     }
 
-    /// An entry; 0 if there is none.
-    pub fn load(&self, node: Node, slot: usize) -> u64 {
+    /// An entry; an empty one if there is no such node.
+    #[inline]
+    pub fn load(&self, node: Node, slot: usize) -> Entry {
         // Acquire: the node that it leads to is seen as it was when the entry was made.
-        self.entries.get(place(node, slot)).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.entries
+            .get(place(node, slot))
+            .map_or(Entry::EMPTY, |entry| Entry::from_bits(entry.load(Ordering::Acquire)))
     }
 
-    pub fn store(&self, node: Node, slot: usize, value: u64) {
+    pub fn store(&self, node: Node, slot: usize, value: Entry) {
         if let Some((entry, occupied)) = self.entries.get(place(node, slot)).zip(self.occupied.get(node.0 as usize)) {
-            entry.store(value, Ordering::Release);
+            entry.store(value.to_bits(), Ordering::Release);
             let bit = 1 << slot;
             let before = occupied.load(Ordering::Relaxed);
-            occupied.store(if value == 0 { before & !bit } else { before | bit }, Ordering::Relaxed);
+            occupied.store(if value == Entry::EMPTY { before & !bit } else { before | bit }, Ordering::Relaxed);
         }
     }
 
@@ -88,7 +95,7 @@ impl Arena {
     }
 
     /// How many nodes are in use.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub fn in_use(&self) -> usize {
         let free = self.free.lock().unwrap();
         free.next as usize - free.returned.len()

@@ -28,6 +28,7 @@ use crate::range::IovaRange;
 
 mod adapter;
 mod arena;
+mod entry;
 mod group;
 mod memory;
 #[cfg(loom)]
@@ -85,7 +86,7 @@ impl Translation {
     }
 
     fn table(&self) -> Table {
-        Table::new(&self.arena, self.limits.address_bits, self.limits.nodes_per_domain)
+        Table::new(&self.arena, self.limits.nodes_per_domain)
     }
 
     /// The addresses that can be mapped.

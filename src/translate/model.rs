@@ -14,19 +14,37 @@ use crate::access::Access;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
 use crate::range::IovaRange;
 
-/// Two levels.
-const BITS: u32 = 24;
+/// As many nodes as a table of two pages side by side needs: the first root, the root above it, and one for the block they are in.
+const NODES: u32 = 3;
+/// Two pages in the second block of 256 KiB, so that they need a node, and where they are.
+const PAGES: [(u64, u64); 2] = [(0x4_1000, 0x5000), (0x4_2000, 0x7000)];
+const BLOCK: &str = "40000-7ffff";
+/// The same places in the next block.
+const OTHERS: [(u64, u64); 2] = [(0x8_1000, 0x9000), (0x8_2000, 0xb000)];
 
-fn page(iova: u64) -> IovaRange {
-    IovaRange::from_length(iova, SMALLEST_PAGE).unwrap()
+fn new_table() -> Shared<Table> {
+    Shared::new(Table::new(&std::sync::Arc::new(Arena::new(NODES)), NODES))
 }
 
-fn mapping(iova: u64, physical: u64) -> Mapping {
-    Mapping { iova: page(iova), physical: GuestAddress(physical), access: Access::READ }
+fn map(table: &Table, pages: &[(u64, u64)]) {
+    for (iova, physical) in pages {
+        let iova = IovaRange::from_length(*iova, SMALLEST_PAGE).unwrap();
+        assert!(table.map(Mapping { iova, physical: GuestAddress(*physical), access: Access::READ }));
+    }
 }
 
 fn physical(table: &Table, iova: u64) -> Option<u64> {
     table.lookup(iova).map(|hit| hit.physical)
+}
+
+fn look_up(table: &Table, pages: &[(u64, u64)]) {
+    for (iova, expected) in pages {
+        assert_eq!(physical(table, *iova), Some(*expected));
+    }
+}
+
+fn unmap(table: &Table) {
+    assert_eq!(table.unmap(BLOCK.parse().unwrap()), Ok(2 * SMALLEST_PAGE));
 }
 
 fn explore(model: impl Fn() + Send + Sync + 'static) {
@@ -35,34 +53,34 @@ fn explore(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// A table with a mapping that was looked up, and as few nodes as that takes.
-fn table() -> Shared<Table> {
-    let table = Shared::new(Table::new(&std::sync::Arc::new(Arena::new(2)), BITS, 2));
-    assert!(table.map(mapping(0x1000, 0x5000)));
-    assert_eq!(physical(&table, 0x1000), Some(0x5000));
-    table
+/// A thread with a pin.
+fn device(table: &Shared<Table>, act: impl Fn(&Table) + 'static) -> thread::JoinHandle<()> {
+    let table = Shared::clone(table);
+    thread::spawn(move || {
+        let pin = pin();
+        act(&table);
+        drop(pin);
+    })
 }
 
 /// I3: when an UNMAP has returned, every use that began before it is over, and none begins.
 #[test]
 fn no_use_outlives_an_unmap() {
     explore(|| {
-        let table = table();
+        let table = new_table();
+        map(&table, &PAGES);
+        look_up(&table, &PAGES);
         let is_unmapped = Shared::new(AtomicBool::new(false));
-        let device = {
-            let (table, is_unmapped) = (Shared::clone(&table), Shared::clone(&is_unmapped));
-            thread::spawn(move || {
-                let pin = pin();
-                if physical(&table, 0x1000).is_some() {
-                    assert!(!is_unmapped.load(Ordering::Relaxed), "used after it was unmapped");
-                }
-                drop(pin);
-            })
-        };
-        assert_eq!(table.unmap(page(0x1000)), Ok(SMALLEST_PAGE));
+        let seen = Shared::clone(&is_unmapped);
+        let device = device(&table, move |table| {
+            if physical(table, PAGES[0].0).is_some() {
+                assert!(!seen.load(Ordering::Relaxed), "used after it was unmapped");
+            }
+        });
+        unmap(&table);
         is_unmapped.store(true, Ordering::Relaxed);
         device.join().unwrap();
-        assert_eq!(physical(&table, 0x1000), None);
+        assert_eq!(physical(&table, PAGES[0].0), None);
     });
 }
 
@@ -70,18 +88,14 @@ fn no_use_outlives_an_unmap() {
 #[test]
 fn nothing_is_filled_in_after_it_was_unmapped() {
     explore(|| {
-        let table = Shared::new(Table::new(&std::sync::Arc::new(Arena::new(2)), BITS, 2));
-        assert!(table.map(mapping(0x1000, 0x5000)));
-        let device = {
-            let table = Shared::clone(&table);
-            thread::spawn(move || {
-                let _pin = pin();
-                assert!(matches!(physical(&table, 0x1000), None | Some(0x5000)));
-            })
-        };
-        assert_eq!(table.unmap(page(0x1000)), Ok(SMALLEST_PAGE));
+        let table = new_table();
+        map(&table, &PAGES);
+        let device = device(&table, |table| {
+            assert!(matches!(physical(table, PAGES[0].0), None | Some(0x5000)));
+        });
+        unmap(&table);
         device.join().unwrap();
-        assert_eq!(physical(&table, 0x1000), None);
+        assert_eq!(physical(&table, PAGES[0].0), None);
     });
 }
 
@@ -89,41 +103,18 @@ fn nothing_is_filled_in_after_it_was_unmapped() {
 #[test]
 fn a_reclaimed_node_translates_nothing_of_before() {
     explore(|| {
-        let table = table();
-        let device = {
-            let table = Shared::clone(&table);
-            thread::spawn(move || {
-                let _pin = pin();
-                let found = physical(&table, 0x1000);
-                assert!(matches!(found, None | Some(0x5000)), "{found:x?}");
-            })
-        };
-        assert_eq!(table.unmap(page(0x1000)), Ok(SMALLEST_PAGE));
-        // The same place in another part of the address space, in the only node that there is.
-        assert!(table.map(mapping(0x4_1000, 0x9000)));
-        assert_eq!(physical(&table, 0x4_1000), Some(0x9000));
+        let table = new_table();
+        map(&table, &PAGES);
+        look_up(&table, &PAGES);
+        let device = device(&table, |table| {
+            let found = physical(table, PAGES[0].0);
+            assert!(matches!(found, None | Some(0x5000)), "{found:x?}");
+        });
+        unmap(&table);
+        map(&table, &OTHERS);
+        look_up(&table, &OTHERS);
         device.join().unwrap();
-        assert_eq!(physical(&table, 0x1000), None);
-    });
-}
-
-/// Two lookups that miss at once fill the tree once.
-#[test]
-fn lookups_that_miss_together_agree() {
-    explore(|| {
-        let table = Shared::new(Table::new(&std::sync::Arc::new(Arena::new(2)), BITS, 2));
-        assert!(table.map(mapping(0x1000, 0x5000)));
-        let device = {
-            let table = Shared::clone(&table);
-            thread::spawn(move || {
-                let _pin = pin();
-                assert_eq!(physical(&table, 0x1000), Some(0x5000));
-            })
-        };
-        assert_eq!(physical(&table, 0x1000), Some(0x5000));
-        device.join().unwrap();
-        assert_eq!(table.unmap(page(0x1000)), Ok(SMALLEST_PAGE));
-        assert_eq!(physical(&table, 0x1000), None);
+        assert_eq!(physical(&table, PAGES[0].0), None);
     });
 }
 
@@ -131,24 +122,40 @@ fn lookups_that_miss_together_agree() {
 #[test]
 fn a_node_is_given_away_when_nobody_is_in_it() {
     explore(|| {
-        // Two roots, and one node for both tables.
-        let arena = std::sync::Arc::new(Arena::new(3));
-        let tables = [0, 1].map(|_| Shared::new(Table::new(&arena, BITS, 2)));
-        assert!(tables[0].map(mapping(0x1000, 0x5000)));
-        assert!(tables[1].map(mapping(0x1000, 0x9000)));
-        assert_eq!(physical(&tables[0], 0x1000), Some(0x5000));
-        let devices = [0, 1].map(|index| {
-            let table = Shared::clone(&tables[index]);
-            thread::spawn(move || {
-                let _pin = pin();
-                let found = physical(&table, 0x1000);
-                let expected = if index == 0 { 0x5000 } else { 0x9000 };
-                assert!(found == Some(expected) || (index == 0 && found.is_none()), "{found:x?}");
-            })
-        });
-        assert_eq!(tables[0].unmap(page(0x1000)), Ok(SMALLEST_PAGE));
+        // Two roots for each, and one node for both tables.
+        let arena = std::sync::Arc::new(Arena::new(5));
+        let tables = [0, 1].map(|_| Shared::new(Table::new(&arena, NODES)));
+        map(&tables[1], &OTHERS[..1]);
+        look_up(&tables[1], &OTHERS[..1]);
+        map(&tables[1], &OTHERS[1..]);
+        map(&tables[0], &PAGES);
+        look_up(&tables[0], &PAGES);
+        let devices = [
+            device(&tables[0], |table| {
+                let found = physical(table, PAGES[1].0);
+                assert!(matches!(found, None | Some(0x7000)), "{found:x?}");
+            }),
+            device(&tables[1], |table| look_up(table, &OTHERS[1..])),
+        ];
+        unmap(&tables[0]);
         for device in devices {
             device.join().unwrap();
         }
+    });
+}
+
+/// Lookups find what is there while the tree around it changes: it grows higher, and a page that was alone is pushed down.
+#[test]
+fn what_is_in_the_tree_stays_there_while_it_grows() {
+    explore(|| {
+        let table = new_table();
+        map(&table, &[(0x1000, 0x3000)]);
+        look_up(&table, &[(0x1000, 0x3000)]);
+        map(&table, &PAGES);
+        let device = device(&table, |table| look_up(table, &[(0x1000, 0x3000), PAGES[0]]));
+        look_up(&table, &PAGES);
+        device.join().unwrap();
+        look_up(&table, &PAGES);
+        look_up(&table, &[(0x1000, 0x3000)]);
     });
 }

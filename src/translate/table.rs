@@ -2,29 +2,25 @@
 
 //! A page table in software: the mappings under a lock, and a tree of what was looked up before that is read without one.
 //!
-//! The tree has 64 entries a node. An entry is empty, leads to a node below, or translates the whole block of addresses that it
-//! stands for, which some mapping covers. It is filled when a lookup misses, under the lock, and emptied under the lock when
-//! mappings go; so nothing that is not mapped is ever filled in. Nodes are few: without one left, lookups go through the lock.
+//! The tree has 64 entries a node. An entry is empty, leads to a node below, or translates: the whole block of addresses that it
+//! stands for, which some mapping covers, or a page in it that is alone there. It is filled when a lookup misses, under the lock,
+//! and emptied under the lock when mappings go; so nothing that is not mapped is ever filled in. The tree is as high as the largest
+//! address that was looked up needs. Nodes are few: without one left, lookups go through the lock.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::arena::{Arena, Node, SLOTS};
-use super::sync::{Mutex, wait_for_pins};
+use super::entry::{Entry, PAGE_SHIFT};
+use super::sync::{AtomicU64, Mutex, wait_for_pins};
 use crate::access::Access;
-use crate::mapping::{Mapping, MappingTable, SMALLEST_PAGE, WouldSplit};
+use crate::mapping::{Mapping, MappingTable, WouldSplit};
 use crate::range::IovaRange;
 
-const READ: u64 = 1;
-const WRITE: u64 = 2;
-/// The entry leads to a node.
-const NODE: u64 = 4;
-/// The entry translates.
-const BLOCK: u64 = 8;
-
-/// The bits of an address that a page spans.
-const PAGE_SHIFT: u32 = SMALLEST_PAGE.trailing_zeros();
 /// The bits of an address that a node resolves.
 const NODE_SHIFT: u32 = SLOTS.trailing_zeros();
+/// The bits of an address that an entry of the highest root spans: all addresses are below.
+const HIGHEST_SHIFT: u32 = PAGE_SHIFT + NODE_SHIFT * 8;
 
 /// What an address translates to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +35,8 @@ pub(super) struct Hit {
 #[derive(Debug)]
 pub(super) struct Table {
     arena: Arc<Arena>,
-    /// If there was none left, nothing is cached.
-    root: Option<Node>,
-    /// The bits of an address that an entry of the root spans.
-    root_shift: u32,
+    /// A [`Root`].
+    root: AtomicU64,
     /// How many nodes the tree may have.
     most_nodes: u32,
     truth: Mutex<Truth>,
@@ -55,56 +49,86 @@ struct Truth {
     nodes: u32,
 }
 
+/// Where a tree begins.
+#[derive(Clone, Copy, Debug)]
+struct Root {
+    node: Node,
+    /// The bits of an address that an entry of the node spans.
+    shift: u32,
+}
+
+impl Root {
+    const fn to_bits(self) -> u64 {
+        ((self.node.number() as u64) << 8) | self.shift as u64
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "it was made from a node's number and a shift")]
+    const fn from_bits(bits: u64) -> Self {
+        Self { node: Node::from_number((bits >> 8) as u32), shift: bits as u32 & 0x3f }
+    }
+
+    /// Whether the tree has a place for an address.
+    const fn reaches(self, iova: u64) -> bool {
+        iova >> self.shift < SLOTS as u64
+    }
+}
+
 impl Table {
-    /// A table for addresses of so many bits, with no more than `most_nodes` nodes from this arena.
-    pub fn new(arena: &Arc<Arena>, address_bits: u32, most_nodes: u32) -> Self {
-        let levels = address_bits.saturating_sub(PAGE_SHIFT).div_ceil(NODE_SHIFT).max(1);
-        let root = if most_nodes == 0 { None } else { arena.take() };
+    /// A table whose tree has no more than `most_nodes` nodes from this arena.
+    pub fn new(arena: &Arc<Arena>, most_nodes: u32) -> Self {
+        let node = if most_nodes == 0 { None } else { arena.take() };
+        let root = Root { node: node.unwrap_or(Node::NONE), shift: PAGE_SHIFT };
         Self {
             arena: Arc::clone(arena),
-            root,
-            root_shift: PAGE_SHIFT + NODE_SHIFT * (levels - 1),
+            root: AtomicU64::new(root.to_bits()),
             most_nodes,
-            truth: Mutex::new(Truth { mappings: MappingTable::default(), nodes: u32::from(root.is_some()) }),
+            truth: Mutex::new(Truth { mappings: MappingTable::default(), nodes: u32::from(node.is_some()) }),
         }
     }
 
     /// What an address translates to, if it is mapped. The caller is pinned as long as it makes use of the answer.
+    #[inline]
     pub fn lookup(&self, iova: u64) -> Option<Hit> {
-        match self.root.and_then(|root| self.lookup_in_tree(root, iova)) {
+        match self.lookup_in_tree(iova) {
             Some(hit) => Some(hit),
             None => self.lookup_in_truth(iova),
         }
     }
 
-    /// Whether the tree has a place for an address.
-    const fn reaches(&self, iova: u64) -> bool {
-        iova >> self.root_shift < SLOTS as u64
+    fn root(&self) -> Root {
+        Root::from_bits(self.root.load(Ordering::Acquire))
     }
 
-    fn lookup_in_tree(&self, root: Node, iova: u64) -> Option<Hit> {
-        if !self.reaches(iova) {
+    #[inline]
+    fn lookup_in_tree(&self, iova: u64) -> Option<Hit> {
+        let root = self.root();
+        if !root.reaches(iova) {
             return None;
         }
-        let (mut node, mut shift) = (root, self.root_shift);
-        loop {
+        let Root { mut node, mut shift } = root;
+        let entry = loop {
             let entry = self.arena.load(node, slot_of(iova, shift));
-            if entry & BLOCK != 0 {
-                let offset = iova & block_mask(shift);
-                let access = Access { read: entry & READ != 0, write: entry & WRITE != 0 };
-                let physical = (entry & !(SMALLEST_PAGE - 1)) + offset;
-                return Some(Hit { physical, length: block_mask(shift) - offset + 1, access });
-            }
-            if entry & NODE == 0 {
+            let Some(below) = entry.as_node() else { break entry };
+            node = below;
+            shift = shift.checked_sub(NODE_SHIFT)?;
+        };
+        if !entry.translates() {
+            return None;
+        }
+        let mut mask = block_mask(shift);
+        if let Some(index) = entry.lone_page() {
+            if (iova & mask) >> PAGE_SHIFT != index {
                 return None;
             }
-            node = node_of(entry);
-            shift = shift.checked_sub(NODE_SHIFT)?;
+            mask = block_mask(PAGE_SHIFT);
         }
+        let offset = iova & mask;
+        Some(Hit { physical: entry.physical() + offset, length: mask - offset + 1, access: entry.access() })
     }
 
     /// Looks an address up among the mappings, and has it found in the tree from now on.
     #[cold]
+    #[inline(never)]
     fn lookup_in_truth(&self, iova: u64) -> Option<Hit> {
         let mut truth = self.truth.lock().unwrap_or_else(PoisonError::into_inner);
         let mapping = truth.mappings.at(iova)?;
@@ -115,34 +139,49 @@ impl Table {
         Some(Hit { physical, length, access: mapping.access })
     }
 
-    /// Makes an entry for the largest block around an address that a mapping covers.
+    /// Makes an entry for the largest block around an address that a mapping covers, unless there is no node for it.
     fn fill(&self, truth: &mut Truth, mapping: Mapping, iova: u64) {
-        let Some(mut node) = self.root.filter(|_| self.reaches(iova)) else { return };
-        let mut shift = self.root_shift;
+        let Some(Root { mut node, mut shift }) = self.grow(truth, iova) else { return };
         loop {
             let slot = slot_of(iova, shift);
             let entry = self.arena.load(node, slot);
-            if entry & NODE != 0 {
-                node = node_of(entry);
+            if let Some(below) = entry.as_node() {
+                node = below;
+            } else if let Some(entry) = entry_for(mapping, iova, shift, entry) {
+                return self.arena.store(node, slot, entry);
             } else {
-                let mask = block_mask(shift);
-                let block = IovaRange::new(iova & !mask, iova | mask);
-                if block.is_some_and(|block| mapping.iova.covers(block)) {
-                    let offset = (iova & !mask) - mapping.iova.start();
-                    let access = u64::from(mapping.access.read) * READ + u64::from(mapping.access.write) * WRITE;
-                    return self.arena.store(node, slot, (mapping.physical.0 + offset) | access | BLOCK);
+                let Some(below) = self.take_node(truth) else { return };
+                if let Some((slot, entry)) = push_down(entry, shift) {
+                    self.arena.store(below, slot, entry);
                 }
-                if shift == PAGE_SHIFT || truth.nodes >= self.most_nodes {
-                    return;
-                }
-                let Some(below) = self.arena.take() else { return };
-                truth.nodes += 1;
-                self.arena.store(node, slot, (u64::from(below.number()) << PAGE_SHIFT) | NODE);
+                self.arena.store(node, slot, Entry::node(below));
                 node = below;
             }
             let Some(below) = shift.checked_sub(NODE_SHIFT) else { return };
             shift = below;
         }
+    }
+
+    /// Makes the tree so high that it has a place for an address.
+    fn grow(&self, truth: &mut Truth, iova: u64) -> Option<Root> {
+        let mut root = self.root();
+        while !root.reaches(iova) && root.shift < HIGHEST_SHIFT {
+            // The former root stays what it is: somebody may be in it.
+            let node = self.take_node(truth)?;
+            self.arena.store(node, 0, Entry::node(root.node));
+            root = Root { node, shift: root.shift + NODE_SHIFT };
+            self.root.store(root.to_bits(), Ordering::Release);
+        }
+        Some(root)
+    }
+
+    fn take_node(&self, truth: &mut Truth) -> Option<Node> {
+        if truth.nodes >= self.most_nodes {
+            return None;
+        }
+        let node = self.arena.take()?;
+        truth.nodes += 1;
+        Some(node)
     }
 
     /// Adds a mapping, which overlaps no other and starts at a page, as its physical address does; whether none does.
@@ -176,12 +215,12 @@ impl Table {
 
     /// Empties the tree's entries for a range, of which no mapping reaches out, and takes off the nodes that are empty then.
     fn clear(&self, truth: &mut Truth, iova: IovaRange, unused: &mut Vec<Node>) {
-        let reach = self.root.filter(|_| self.reaches(iova.start()));
-        if let Some(root) = reach {
-            let last = if self.reaches(iova.last()) { iova.last() } else { u64::MAX };
-            if let Some(iova) = IovaRange::new(iova.start(), last) {
-                self.clear_node(root, self.root_shift, iova, unused);
-            }
+        let root = self.root();
+        let last = if root.reaches(iova.last()) { iova.last() } else { u64::MAX };
+        if root.reaches(iova.start())
+            && let Some(iova) = IovaRange::new(iova.start(), last)
+        {
+            self.clear_node(root.node, root.shift, iova, unused);
         }
         truth.nodes = truth.nodes.saturating_sub(u32::try_from(unused.len()).unwrap_or(u32::MAX));
     }
@@ -193,23 +232,27 @@ impl Table {
         while slots != 0 {
             let slot = slots.trailing_zeros() as usize;
             slots &= slots - 1;
+            // What is left and right of it in the range is not in this block.
+            let start = if slot == first { iova.start() } else { 0 };
+            let end = if slot == last { iova.last() } else { u64::MAX };
+            let Some(part) = IovaRange::new(start & block_mask(shift), end & block_mask(shift)) else { continue };
             let entry = self.arena.load(node, slot);
-            if entry & NODE != 0
+            if let Some(below) = entry.as_node()
                 && let Some(below_shift) = shift.checked_sub(NODE_SHIFT)
             {
-                // What is left and right of it in the range is not below.
-                let start = if slot == first { iova.start() } else { 0 };
-                let end = if slot == last { iova.last() } else { u64::MAX };
-                let below = node_of(entry);
-                if let Some(part) = IovaRange::new(start & block_mask(shift), end & block_mask(shift)) {
-                    self.clear_node(below, below_shift, part, unused);
-                }
+                self.clear_node(below, below_shift, part, unused);
                 if self.arena.occupied(below) != 0 {
                     continue;
                 }
                 unused.push(below);
             }
-            self.arena.store(node, slot, 0);
+            let stays = entry.lone_page().is_some_and(|index| {
+                let offset = index << PAGE_SHIFT;
+                offset < part.start() || part.last() < offset
+            });
+            if !stays {
+                self.arena.store(node, slot, Entry::EMPTY);
+            }
         }
     }
 }
@@ -219,9 +262,35 @@ impl Drop for Table {
         let mut unused = Vec::new();
         let mut truth = self.truth.lock().unwrap_or_else(PoisonError::into_inner);
         self.clear(&mut truth, IovaRange::ALL, &mut unused);
-        unused.extend(self.root);
+        unused.extend(Some(self.root().node).filter(|node| *node != Node::NONE));
         self.arena.give_back(&unused);
     }
+}
+
+/// The entry that translates an address by a mapping in a block of so many bits, instead of the entry that is there; `None` if
+/// there is no such entry.
+fn entry_for(mapping: Mapping, iova: u64, shift: u32, there: Entry) -> Option<Entry> {
+    let mask = block_mask(shift);
+    let physical = |start: u64| mapping.physical.0 + (start - mapping.iova.start());
+    if mapping.iova.covers(IovaRange::new(iova & !mask, iova | mask)?) {
+        return Some(Entry::block(physical(iova & !mask), mapping.access));
+    }
+    let is_possible = shift <= Entry::LARGEST_WITH_PAGE && there == Entry::EMPTY;
+    let index = (iova & mask) >> PAGE_SHIFT;
+    if is_possible { Entry::page(physical(iova & !block_mask(PAGE_SHIFT)), mapping.access, index) } else { None }
+}
+
+/// The entry for the page that is alone in a block of so many bits, and its place, in the node below.
+fn push_down(entry: Entry, shift: u32) -> Option<(usize, Entry)> {
+    let offset = entry.lone_page()? << PAGE_SHIFT;
+    let below = shift.checked_sub(NODE_SHIFT)?;
+    let index = (offset & block_mask(below)) >> PAGE_SHIFT;
+    let entry = if below == PAGE_SHIFT {
+        Entry::block(entry.physical(), entry.access())
+    } else {
+        Entry::page(entry.physical(), entry.access(), index)?
+    };
+    Some((slot_of(offset, below), entry))
 }
 
 /// The bits of an address below those that choose an entry which spans `shift` bits.
@@ -239,20 +308,16 @@ const fn slot_of(iova: u64, shift: u32) -> usize {
     slot
 }
 
-const fn node_of(entry: u64) -> Node {
-    #[expect(clippy::cast_possible_truncation, reason = "it was made from a node's number")]
-    Node::from_number((entry >> PAGE_SHIFT) as u32)
-}
-
 #[cfg(not(loom))]
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::mapping::SMALLEST_PAGE;
 
     fn table(nodes: u32) -> Table {
-        Table::new(&Arc::new(Arena::new(64)), 48, nodes)
+        Table::new(&Arc::new(Arena::new(64)), nodes)
     }
 
     fn map(table: &Table, iova: u64) {
@@ -261,7 +326,7 @@ mod tests {
     }
 
     fn is_in_tree(table: &Table, iova: u64) -> bool {
-        table.lookup_in_tree(table.root.unwrap(), iova).is_some()
+        table.lookup_in_tree(iova).is_some()
     }
 
     #[test]
@@ -278,8 +343,28 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_are_alone_take_no_nodes_of_their_own() {
+        let table = table(64);
+        let top = 0x0fff_f000;
+        map(&table, top);
+        table.lookup(top).unwrap();
+        let alone = table.arena.in_use();
+        map(&table, 0x0800_0000);
+        table.lookup(0x0800_0000).unwrap();
+        assert_eq!(table.arena.in_use(), alone, "each in an entry for 16 MiB");
+        map(&table, top - 0x1000);
+        table.lookup(top - 0x1000).unwrap();
+        assert_eq!(table.arena.in_use(), alone + 2, "the entry for 16 MiB, then that for 256 KiB was given up");
+        for page in [top, top - 0x1000, 0x0800_0000] {
+            assert!(is_in_tree(&table, page));
+            assert!(!is_in_tree(&table, page ^ 0x8000));
+        }
+    }
+
+    #[test]
     fn nodes_that_are_not_used_any_more_can_be_used_again() {
-        let table = table(7);
+        // The roots of lower trees stay below the highest one.
+        let table = table(10);
         for round in 0..20u64 {
             let page = round << 40;
             map(&table, page);
