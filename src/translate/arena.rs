@@ -71,13 +71,15 @@ impl Arena {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).returned.extend_from_slice(nodes);
     }
 
-    /// An entry; an empty one if there is no such node.
+    /// All nodes, to look at more than one.
     #[inline]
+    pub fn nodes(&self) -> Nodes<'_> {
+        Nodes(&self.entries)
+    }
+
+    /// An entry; an empty one if there is no such node.
     pub fn load(&self, node: Node, slot: usize) -> Entry {
-        // Acquire: the node that it leads to is seen as it was when the entry was made.
-        self.entries
-            .get(place(node, slot))
-            .map_or(Entry::EMPTY, |entry| Entry::from_bits(entry.load(Ordering::Acquire)))
+        self.nodes().load(node, slot)
     }
 
     pub fn store(&self, node: Node, slot: usize, value: Entry) {
@@ -102,6 +104,20 @@ impl Arena {
     }
 }
 
+/// The nodes of an arena.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Nodes<'a>(&'a [AtomicU64]);
+
+impl Nodes<'_> {
+    /// An entry; an empty one if there is no such node.
+    #[inline]
+    pub fn load(self, node: Node, slot: usize) -> Entry {
+        // Acquire: the node that it leads to is seen as it was when the entry was made.
+        self.0.get(place(node, slot)).map_or(Entry::EMPTY, |entry| Entry::from_bits(entry.load(Ordering::Acquire)))
+    }
+}
+
+#[inline]
 const fn place(node: Node, slot: usize) -> usize {
     node.0 as usize * SLOTS + slot
 }

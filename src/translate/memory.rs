@@ -62,9 +62,12 @@ impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
         count: usize,
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'_, BS<'_, Self::Bitmap>>> {
-        let mut segments = self.pinned.segments(addr.0, count, access_of(access));
         let physical = self.physical;
-        let mut current = None;
+        let access = access_of(access);
+        // Most accesses are in one piece, and are spared the search for more.
+        let whole = self.pinned.translate(addr.0, count, access).ok().filter(|found| found.length == count);
+        let mut current = whole.map(|found| GuestMemoryBackend::get_slices(physical, found.start, found.length));
+        let mut segments = self.pinned.segments(addr.0, if current.is_some() { 0 } else { count }, access);
         Ok(Slices(std::iter::from_fn(move || {
             loop {
                 if let Some(slice) = current.as_mut().and_then(Iterator::next) {

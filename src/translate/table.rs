@@ -62,12 +62,14 @@ impl Root {
         ((self.node.number() as u64) << 8) | self.shift as u64
     }
 
+    #[inline]
     #[expect(clippy::cast_possible_truncation, reason = "it was made from a node's number and a shift")]
     const fn from_bits(bits: u64) -> Self {
         Self { node: Node::from_number((bits >> 8) as u32), shift: bits as u32 & 0x3f }
     }
 
     /// Whether the tree has a place for an address.
+    #[inline]
     const fn reaches(self, iova: u64) -> bool {
         iova >> self.shift < SLOTS as u64
     }
@@ -95,6 +97,7 @@ impl Table {
         }
     }
 
+    #[inline]
     fn root(&self) -> Root {
         Root::from_bits(self.root.load(Ordering::Acquire))
     }
@@ -105,12 +108,14 @@ impl Table {
         if !root.reaches(iova) {
             return None;
         }
+        let nodes = self.arena.nodes();
         let Root { mut node, mut shift } = root;
         let entry = loop {
-            let entry = self.arena.load(node, slot_of(iova, shift));
+            let entry = nodes.load(node, slot_of(iova, shift));
             let Some(below) = entry.as_node() else { break entry };
             node = below;
-            shift = shift.checked_sub(NODE_SHIFT)?;
+            // No entry of the lowest nodes leads to another.
+            shift = shift.wrapping_sub(NODE_SHIFT) % u64::BITS;
         };
         if !entry.translates() {
             return None;
@@ -294,14 +299,14 @@ fn push_down(entry: Entry, shift: u32) -> Option<(usize, Entry)> {
 }
 
 /// The bits of an address below those that choose an entry which spans `shift` bits.
+#[inline]
 const fn block_mask(shift: u32) -> u64 {
-    match 1u64.checked_shl(shift) {
-        Some(size) => size - 1,
-        None => u64::MAX,
-    }
+    // No shift is more than that of the highest root.
+    !(u64::MAX << (shift % u64::BITS))
 }
 
 /// Which entry of a node stands for an address, in a node whose entries span `shift` bits.
+#[inline]
 const fn slot_of(iova: u64, shift: u32) -> usize {
     #[expect(clippy::cast_possible_truncation, reason = "only the lowest bits count")]
     let slot = (iova >> shift) as usize % SLOTS;

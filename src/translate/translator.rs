@@ -99,6 +99,7 @@ impl Pinned<'_> {
     /// # Errors
     ///
     /// [`TranslationFault`]
+    #[inline]
     pub fn translate(&self, iova: u64, most: usize, access: Access) -> Result<Segment, TranslationFault> {
         let fault = |reason| self.fault(iova, access, reason);
         let table = self.table.as_deref().ok_or_else(|| fault(RefusalReason::NoTable))?;
