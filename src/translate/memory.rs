@@ -66,14 +66,14 @@ impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
         let access = access_of(access);
         // Most accesses are in one piece, and are spared the search for more.
         let whole = self.pinned.translate(addr.0, count, access).ok().filter(|found| found.length == count);
+        let mut segments = if whole.is_some() { None } else { Some(self.pinned.segments(addr.0, count, access)) };
         let mut current = whole.map(|found| GuestMemoryBackend::get_slices(physical, found.start, found.length));
-        let mut segments = self.pinned.segments(addr.0, if current.is_some() { 0 } else { count }, access);
         Ok(Slices(std::iter::from_fn(move || {
             loop {
                 if let Some(slice) = current.as_mut().and_then(Iterator::next) {
                     return Some(slice);
                 }
-                match segments.next()? {
+                match segments.as_mut()?.next()? {
                     Ok(segment) => {
                         current = Some(GuestMemoryBackend::get_slices(physical, segment.start, segment.length));
                     }
@@ -90,6 +90,7 @@ struct Slices<I>(I);
 impl<'a, B: BitmapSlice, I: Iterator<Item = Result<VolatileSlice<'a, B>>>> Iterator for Slices<I> {
     type Item = I::Item;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         self.0.next()
     }
