@@ -3,9 +3,15 @@
 //! `make bench`: what things cost, in instructions (callgrind) and in nanoseconds (medians), beside what others would cost in the same
 //! run. Ends in one table and in `target/bench/summary.json`.
 
-#![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::expect_used, clippy::unwrap_used)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::unwrap_used
+)]
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -41,6 +47,11 @@ fn main() -> ExitCode {
         (case.set_up)()(rounds.parse().expect("a number"));
         return ExitCode::SUCCESS;
     }
+    // Run in a process of its own.
+    if arguments.get(1).is_some_and(|argument| argument == "bytes") {
+        println!("{}", readers::bytes_per_mapping());
+        return ExitCode::SUCCESS;
+    }
     if Command::new("valgrind").arg("--version").output().is_err() {
         eprintln!("bench: valgrind is needed to count instructions (Debian: apt install valgrind)");
         return ExitCode::FAILURE;
@@ -50,6 +61,9 @@ fn main() -> ExitCode {
         eprintln!("bench: {}", case.name);
         summary.insert(case.name.to_owned(), json!({ "ir": instructions(case), "ns": nanoseconds(case) }));
     }
+    let bytes = Command::new(std::env::current_exe().unwrap()).arg("bytes").output().expect("this program runs").stdout;
+    let bytes: f64 = String::from_utf8_lossy(&bytes).trim().parse().expect("a number");
+    summary.insert("translate/bytes_per_mapping/dense".to_owned(), json!({ "bytes": bytes }));
     for (name, value) in readers::measure() {
         summary.insert(name, value);
     }
@@ -137,11 +151,11 @@ fn pages(sparse: bool, count: u64) -> Vec<u64> {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut pages: Vec<u64> = if sparse {
         // All over a TiB.
-        let mut chosen = BTreeMap::new();
+        let mut chosen = BTreeSet::new();
         while chosen.len() < count as usize {
-            chosen.insert(random.next() % (1 << 28), ());
+            chosen.insert(random.next() % (1 << 28));
         }
-        chosen.into_keys().collect()
+        chosen.into_iter().collect()
     } else {
         (0..count).collect()
     };
