@@ -97,7 +97,8 @@ impl Arena {
     }
 
     /// How many nodes are in use.
-    #[cfg(all(test, not(loom)))]
+    #[cfg(not(loom))]
+    #[cfg(test)]
     pub fn in_use(&self) -> usize {
         let free = self.free.lock().unwrap();
         free.next as usize - free.returned.len()
