@@ -85,6 +85,10 @@ impl FaultQueue {
         self.waiting.front()
     }
 
+    pub fn iter(&self) -> impl Iterator<Item = &Fault> {
+        self.waiting.iter()
+    }
+
     pub const fn dropped(&self) -> u64 {
         self.dropped
     }

@@ -105,7 +105,7 @@ impl VirtioIommu {
         Ok(done)
     }
 
-    fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<(), Status> {
+    pub(super) fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<(), Status> {
         let domain = self.find_domain(id)?;
         // 5.13.6.5.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
         // VIRTIO_IOMMU_S_INVAL."

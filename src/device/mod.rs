@@ -31,6 +31,7 @@ mod map;
 mod memory;
 mod notice;
 mod plug;
+mod state;
 mod statistics;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,7 @@ use notice::NoticeQueue;
 pub use fault::{Fault, FaultReason};
 pub use map::UnfinishedMap;
 pub use notice::Notice;
+pub use state::{DeviceState, DomainState, FaultState, MappingState, RestoreError};
 pub use statistics::{Count, Statistics};
 
 /// What a device offers and how much it may use. Fixed for the life of the device.

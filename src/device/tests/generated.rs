@@ -338,6 +338,16 @@ impl Run {
     }
 }
 
+/// I14: what is saved can be restored, and is the same.
+fn check_saved(memories: &[GuestRam], run: &mut Run) {
+    let state = run.device.save();
+    let mut restored = Run::new(memories, 65535);
+    restored.device.set_memory(memories[run.memory].clone());
+    restored.device.restore(&state).unwrap();
+    assert_eq!(restored.device.save(), state);
+    assert_eq!(restored.landscape(), run.landscape());
+}
+
 /// Takes all steps, without failures and in step with the kernel throughout. How many calls the kernel had.
 fn run_well(memories: &[GuestRam], steps: &[Step]) -> u64 {
     let mut run = Run::new(memories, 65535);
@@ -353,6 +363,7 @@ fn run_well(memories: &[GuestRam], steps: &[Step]) -> u64 {
         );
         run.check_sound();
         run.check_complete();
+        check_saved(memories, &mut run);
     }
     let calls = run.kernel.calls() - before;
     let kernel = run.kernel.clone();

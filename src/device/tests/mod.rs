@@ -21,6 +21,7 @@ mod mapping;
 mod memory;
 mod plugging;
 mod protocol;
+mod states;
 
 /// Alone in its group.
 const LONE: EndpointId = EndpointId(0x08);
