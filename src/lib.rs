@@ -59,6 +59,7 @@
 //! | [`memory`] | guest memory as the host needs it | |
 //! | [`fd`] | files passed in | `iommufd`, `type1` |
 //! | [`queue`] | virtqueues | `queue` |
+//! | [`embed`] | the device behind a VMM's transport and event loop | `embed`, `event-manager` |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi` |
 //! | [`vhost_user`] | the daemon | `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
@@ -82,6 +83,8 @@
 pub mod access;
 pub mod causes;
 pub mod device;
+#[cfg(feature = "embed")]
+pub mod embed;
 #[cfg(any(feature = "iommufd", feature = "type1"))]
 pub mod fd;
 pub mod host;

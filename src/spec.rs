@@ -9,6 +9,9 @@
 /// Virtio device type of an IOMMU (5.13.1).
 pub const DEVICE_ID: u32 = 23;
 
+/// PCI device ID of an IOMMU: 0x1040 plus the device type (4.1.2.1).
+pub const PCI_DEVICE_ID: u16 = 0x1040 + 23;
+
 /// Index of the request virtqueue (5.13.2).
 pub const REQUEST_QUEUE: u16 = 0;
 /// Index of the event virtqueue (5.13.2).

@@ -4,6 +4,8 @@
 
 use super::*;
 
+type Change = fn(&mut DeviceState);
+
 /// A device whose left and right endpoints have parted, with a bypass domain, an event, and memory that has left.
 fn busy() -> Machine {
     let mut machine = Machine::new(Flavour::Iommufd);
@@ -51,7 +53,6 @@ fn a_state_that_was_saved_is_restored() {
 #[test]
 fn a_state_that_no_device_can_be_in_is_refused_before_any_host_is_asked() {
     let state = busy().device.save();
-    type Change = fn(&mut DeviceState);
     let mapping = |first, last, physical| MappingState { first, last, physical, read: true, write: false };
     let refused = |first, last, status| RestoreError::Mapping { domain: DomainId(7), first, last, status };
     let cases: [(Change, RestoreError); 12] = [
