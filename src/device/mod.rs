@@ -352,6 +352,7 @@ impl VirtioIommu {
     /// (5.13.4.2: it "SHOULD NOT change on device reset").
     pub fn reset(&mut self) {
         self.driver_features = 0;
+        self.collect_refused();
         self.faults.clear();
         self.detach_all();
         self.settle_unattached_groups();

@@ -181,6 +181,9 @@ fn refused_accesses_are_events_for_the_guest() {
     assert_eq!(machine.device.first_fault(), Some(&expected[0]));
     assert_eq!(expected.map(|_| machine.device.take_fault().unwrap()), expected);
     assert_eq!(machine.device.take_fault(), None);
+    pieces(&machine.net, 0x77, 4, Access::READ);
+    machine.device.reset();
+    assert_eq!(machine.device.take_fault(), None, "a reset forgets those that nobody asked for, too");
     for _ in 0..40 {
         pieces(&machine.net, 0x77, 4, Access::READ);
     }
