@@ -44,6 +44,11 @@ impl PciAddress {
     pub const fn function(self) -> u8 {
         self.device_function & 7
     }
+
+    /// Bus, device and function as they go with an access: the endpoint's ID without the segment.
+    pub const fn requester_id(self) -> u16 {
+        ((self.bus as u16) << 8) | self.device_function as u16
+    }
 }
 
 impl From<PciAddress> for EndpointId {
@@ -145,6 +150,7 @@ mod tests {
         assert_eq!(far.to_string(), "abcd:ef:1f.7");
         let address = PciAddress::from(far);
         assert_eq!((address.segment(), address.bus(), address.device(), address.function()), (0xabcd, 0xef, 0x1f, 7));
+        assert_eq!(address.requester_id(), 0xefff);
     }
 
     #[test]

@@ -60,7 +60,7 @@
 //! | [`fd`] | files passed in | `iommufd`, `type1` |
 //! | [`queue`] | virtqueues | `queue` |
 //! | [`embed`] | the device behind a VMM's transport and event loop | `embed`, `event-manager` |
-//! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi` |
+//! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
 //! | [`vhost_user`] | the daemon | `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
@@ -99,7 +99,7 @@ pub mod range;
 pub mod request;
 pub mod reserved;
 pub mod spec;
-#[cfg(feature = "acpi")]
+#[cfg(any(feature = "acpi", feature = "fdt"))]
 pub mod topology;
 #[cfg(feature = "translate")]
 pub mod translate;

@@ -2,4 +2,7 @@
 
 //! Telling the guest which devices are behind the IOMMU.
 
+#[cfg(feature = "fdt")]
+pub mod device_tree;
+#[cfg(feature = "acpi")]
 pub mod viot;
