@@ -2,7 +2,8 @@
 
 //! The two virtqueues: requests in, events out.
 //!
-//! Both work on any [`QueueT`] over any guest memory, within a budget, and say whether the driver is to be notified. A queue that the driver has broken is an error: nothing more can be said on it until it is set up again.
+//! Both work on any [`QueueT`] over any guest memory, within a budget, and say whether the driver is to be notified. A queue that
+//! the driver has broken is an error: nothing more can be said on it until it is set up again.
 
 #![forbid(unsafe_code)]
 

@@ -156,7 +156,8 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
         }
     }
 
-    /// Starts the queues, as the driver has set them up: for the first time, or where they were paused.
+    /// Starts the queues, as the driver has set them up: for the first time, or where they were paused. For a device that was
+    /// restored, the features that its driver accepted are acknowledged before, as the driver had done.
     ///
     /// # Errors
     ///

@@ -78,13 +78,12 @@ impl Root {
 impl Table {
     /// A table whose tree has no more than `most_nodes` nodes from this arena.
     pub fn new(arena: &Arc<Arena>, most_nodes: u32) -> Self {
-        let node = if most_nodes == 0 { None } else { arena.take() };
-        let root = Root { node: node.unwrap_or(Node::NONE), shift: PAGE_SHIFT };
+        let root = Root { node: Node::NONE, shift: PAGE_SHIFT };
         Self {
             arena: Arc::clone(arena),
             root: AtomicU64::new(root.to_bits()),
             most_nodes,
-            truth: Mutex::new(Truth { mappings: MappingTable::default(), nodes: u32::from(node.is_some()) }),
+            truth: Mutex::new(Truth { mappings: MappingTable::default(), nodes: 0 }),
         }
     }
 
@@ -167,9 +166,13 @@ impl Table {
         }
     }
 
-    /// Makes the tree so high that it has a place for an address.
+    /// Makes the tree so high that it has a place for an address, if there are nodes for it.
     fn grow(&self, truth: &mut Truth, iova: u64) -> Option<Root> {
         let mut root = self.root();
+        if root.node == Node::NONE {
+            root.node = self.take_node(truth)?;
+            self.root.store(root.to_bits(), Ordering::Release);
+        }
         while !root.reaches(iova) && root.shift < HIGHEST_SHIFT {
             // The former root stays what it is: somebody may be in it.
             let node = self.take_node(truth)?;
@@ -363,6 +366,35 @@ mod tests {
         for page in [top, top - 0x1000, 0x0800_0000] {
             assert!(is_in_tree(&table, page));
             assert!(!is_in_tree(&table, page ^ 0x8000));
+        }
+    }
+
+    #[test]
+    fn a_table_that_found_no_node_uses_one_that_is_given_back() {
+        let arena = Arc::new(Arena::new(5));
+        let [first, second] = [0, 1].map(|_| Table::new(&arena, 5));
+        // Five nodes: three roots, and two for pages side by side.
+        let pages = [0x200_0000, 0x200_1000];
+        for page in pages {
+            map(&first, page);
+            first.lookup(page).unwrap();
+        }
+        assert_eq!(arena.in_use(), 5);
+        map(&second, pages[0]);
+        second.lookup(pages[0]).unwrap();
+        assert!(!is_in_tree(&second, pages[0]));
+        drop(first);
+        second.lookup(pages[0]).unwrap();
+        assert!(is_in_tree(&second, pages[0]));
+        second.unmap(IovaRange::ALL).unwrap();
+        drop(second);
+        // All five are as good as new.
+        assert_eq!(arena.in_use(), 0);
+        let third = Table::new(&arena, 5);
+        for page in pages {
+            map(&third, page);
+            third.lookup(page).unwrap();
+            assert!(is_in_tree(&third, page));
         }
     }
 
