@@ -1,98 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Files of the host's IOMMU that were opened by somebody else.
+//! Files that were opened by somebody else.
 
-use std::fmt;
-use std::fs;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+#[cfg(any(feature = "iommufd", feature = "type1"))]
+mod kind;
 
-use rustix::fs::{FileType, fstat, major, minor};
-
+#[cfg(any(feature = "iommufd", feature = "type1"))]
+pub use kind::{FileKind, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
 pub(crate) use passed::{Adopted, adopt, close_inherited};
 
-/// What a passed file should be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FileKind {
-    /// `/dev/iommu`
-    Iommufd,
-    /// `/dev/vfio/devices/vfioN`
-    VfioDevice,
-    /// `/dev/vfio/vfio`
-    VfioContainer,
-    /// `/dev/vfio/N`
-    VfioGroup,
-}
-
-impl FileKind {
-    /// Makes sure that a file is of this kind, and says which device node it is and where sysfs describes it.
-    pub(crate) fn check(self, file: &impl AsFd) -> Result<(String, PathBuf), WrongFile> {
-        match device_node(file.as_fd()) {
-            Ok((node, sysfs)) if self.matches(&node) => Ok((node, sysfs)),
-            Ok((node, _)) => Err(WrongFile { found: format!("/dev/{node}"), kind: self }),
-            Err(found) => Err(WrongFile { found, kind: self }),
-        }
-    }
-
-    /// Whether this is the name of such a device node, below `/dev`.
-    fn matches(self, node: &str) -> bool {
-        match self {
-            Self::Iommufd => node == "iommu",
-            Self::VfioDevice => node.starts_with("vfio/devices/"),
-            Self::VfioContainer => node == "vfio/vfio",
-            Self::VfioGroup => node.strip_prefix("vfio/").is_some_and(|number| number.parse::<u32>().is_ok()),
-        }
-    }
-}
-
-impl fmt::Display for FileKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Iommufd => "/dev/iommu",
-            Self::VfioDevice => "/dev/vfio/devices/vfioN",
-            Self::VfioContainer => "/dev/vfio/vfio",
-            Self::VfioGroup => "/dev/vfio/N",
-        })
-    }
-}
-
-/// A file that is not what it should be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{found} is not {kind}")]
-pub struct WrongFile {
-    found: String,
-    kind: FileKind,
-}
-
-/// The name of a character device's node below `/dev` and its place in sysfs; for anything else, what it is.
-fn device_node(file: BorrowedFd<'_>) -> Result<(String, PathBuf), String> {
-    let stat = fstat(file.as_fd()).map_err(|errno| errno.to_string())?;
-    let file_type = FileType::from_raw_mode(stat.st_mode);
-    if file_type != FileType::CharacterDevice {
-        return Err(format!("a {}", describe(file_type)));
-    }
-    let number = format!("{}:{}", major(stat.st_rdev), minor(stat.st_rdev));
-    let sysfs = PathBuf::from(format!("/sys/dev/char/{number}"));
-    let uevent = fs::read_to_string(sysfs.join("uevent"))
-        .map_err(|error| format!("character device {number}, of which sysfs says nothing ({error})"))?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
-    let name = name.ok_or_else(|| format!("character device {number}, which has no name in sysfs"))?;
-    Ok((name.to_owned(), sysfs))
-}
-
-fn describe(file_type: FileType) -> &'static str {
-    match file_type {
-        FileType::RegularFile => "regular file",
-        FileType::Directory => "directory",
-        FileType::Symlink => "symbolic link",
-        FileType::Fifo => "pipe",
-        FileType::Socket => "socket",
-        FileType::BlockDevice => "block device",
-        _ => "file without a device",
-    }
+/// Another descriptor of a file that is known by its number only.
+///
+/// # Errors
+///
+/// There are too many open files, or the number is none of a file.
+#[cfg(feature = "vhost")]
+pub(crate) fn duplicate(file: &impl std::os::fd::AsRawFd) -> std::io::Result<std::os::fd::OwnedFd> {
+    // SAFETY: whoever lends `file` keeps it open until this returns. A number that is no open file is what fcntl refuses, and one
+    // that is another's is used for nothing but the new descriptor, which is ours alone.
+    #[allow(unsafe_code)]
+    let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(file.as_raw_fd()) };
+    Ok(rustix::io::fcntl_dupfd_cloexec(file, 0)?)
 }
 
 /// Files that were passed to this process by number.
@@ -227,12 +158,6 @@ mod passed {
             let file = File::open("/dev/null").unwrap();
             let error = adopt(file.as_raw_fd(), FileKind::VfioDevice).unwrap_err();
             assert!(matches!(error, AdoptError::NotInherited(_)));
-        }
-
-        #[test]
-        fn nodes_are_told_apart_by_name() {
-            assert!(FileKind::Iommufd.matches("iommu") && !FileKind::Iommufd.matches("iommu0"));
-            assert!(FileKind::VfioDevice.matches("vfio/devices/vfio3") && !FileKind::VfioDevice.matches("vfio/vfio"));
         }
     }
 }

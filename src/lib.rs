@@ -57,7 +57,7 @@
 //! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, and a model for tests | `iommufd`, `type1`, `test-utils` |
 //! | [`translate`] | translation in software, for devices that are emulated in this process | `translate` |
 //! | [`memory`] | guest memory as the host needs it | |
-//! | [`fd`] | files passed in | `iommufd`, `type1` |
+//! | [`fd`] | files passed in | `iommufd`, `type1`, `vhost` |
 //! | [`queue`] | virtqueues | `queue` |
 //! | [`embed`] | the device behind a VMM's transport and event loop | `embed`, `event-manager` |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
@@ -85,7 +85,7 @@ pub mod causes;
 pub mod device;
 #[cfg(feature = "embed")]
 pub mod embed;
-#[cfg(any(feature = "iommufd", feature = "type1"))]
+#[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
 pub mod fd;
 pub mod host;
 pub mod id;

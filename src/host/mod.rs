@@ -26,6 +26,8 @@ pub mod replay;
 pub mod software;
 #[cfg(feature = "type1")]
 pub mod type1;
+#[cfg(feature = "vhost")]
+pub mod vhost;
 
 /// One IOMMU group of the host: the smallest set of devices that the host can isolate, and so the unit that is attached.
 ///

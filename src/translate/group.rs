@@ -3,9 +3,10 @@
 //! Groups of endpoints that are translated for here.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::Translation;
+use super::cache::TranslationCache;
 use super::sync::{is_pinned, wait_for_pins};
 use super::table::Table;
 use super::translator::Translator;
@@ -53,8 +54,17 @@ impl EmulatedGroup {
         self.attachment.refused.on_first(Box::new(wake));
     }
 
+    /// Has a cache of one of the members' translations told of what it must forget, as long as it lives.
+    pub fn add_cache(&self, cache: &Weak<dyn TranslationCache>) {
+        self.translation.caches.add(&self.attachment, cache);
+    }
+
     /// Puts the group on a table, or on none, and waits until nobody uses the former one.
-    fn switch(&self, table: Option<Arc<Table>>) {
+    ///
+    /// # Errors
+    ///
+    /// A cache of the former one's translations did not forget them, and was stopped.
+    fn switch(&self, table: Option<Arc<Table>>) -> Result<(), HostError> {
         let before = self.attachment.table.swap(table);
         if is_pinned() {
             // Waiting would never end. Whoever translates on this thread goes on with what it has.
@@ -62,7 +72,9 @@ impl EmulatedGroup {
         } else {
             wait_for_pins();
         }
+        let result = self.translation.caches.invalidate_all(&self.attachment);
         drop(before);
+        result
     }
 }
 
@@ -92,12 +104,19 @@ impl HostGroup for EmulatedGroup {
             let error = HostError::new(HostErrorKind::Incompatible, "attaching an emulated endpoint", None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
-        self.switch(Some(Arc::clone(table)));
+        if let Err(error) = self.switch(Some(Arc::clone(table))) {
+            self.block();
+            return Err(AttachError { error, after: AfterFailure::Blocked });
+        }
+        self.translation.caches.mapped(table, IovaRange::ALL);
         Ok(())
     }
 
     fn block(&self) {
-        self.switch(None);
+        if let Err(error) = self.switch(None) {
+            // It was stopped.
+            log::error!("a device that keeps translations goes on no more: {error}");
+        }
     }
 
     fn refused(&self) -> Option<&RefusedAccesses> {
@@ -135,6 +154,7 @@ impl IoPageTable for EmulatedTable {
         if !self.table.map(Mapping { iova, physical: first, access }) {
             return Err(refused(HostErrorKind::AlreadyMapped));
         }
+        self.translation.caches.mapped(&self.table, iova);
         Ok(())
     }
 
@@ -146,7 +166,10 @@ impl IoPageTable for EmulatedTable {
         if is_pinned() {
             return Err(failed("the device was called by a thread that holds a translation"));
         }
-        self.table.unmap(iova).map_err(|_| failed("a mapping reaches out of the range"))
+        let gone = self.table.unmap(iova).map_err(|_| failed("a mapping reaches out of the range"))?;
+        // After the wait for pins: nothing is filled in any more that was there before.
+        let forgotten = self.translation.caches.invalidate(&self.table, iova);
+        forgotten.map_err(|error| UnmapError { error, gone }).map(|()| gone)
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {

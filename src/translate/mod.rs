@@ -28,6 +28,7 @@ use crate::range::IovaRange;
 
 mod adapter;
 mod arena;
+mod cache;
 mod entry;
 mod group;
 mod memory;
@@ -40,11 +41,15 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod translator;
+#[cfg(feature = "vhost")]
+pub mod vhost;
 
 use arena::Arena;
+use cache::Caches;
 use table::Table;
 
 pub use adapter::IommuAdapter;
+pub use cache::TranslationCache;
 pub use group::EmulatedGroup;
 pub use memory::IovaMemory;
 pub use translator::{Pinned, Segment, Segments, TranslationFault, Translator};
@@ -72,12 +77,13 @@ impl Default for Limits {
 pub struct Translation {
     limits: Limits,
     arena: Arc<Arena>,
+    caches: Caches,
 }
 
 impl Translation {
     /// A translation without groups.
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, arena: Arc::new(Arena::new(limits.nodes)) })
+        Arc::new(Self { limits, arena: Arc::new(Arena::new(limits.nodes)), caches: Caches::default() })
     }
 
     /// A group of endpoints, which the guest cannot isolate from each other; usually just one.

@@ -117,7 +117,7 @@ impl Pinned<'_> {
         Segments { pinned: self, iova, left: length, access, wraps, ahead: None }
     }
 
-    const fn fault(&self, address: u64, access: Access, reason: RefusalReason) -> TranslationFault {
+    pub(super) const fn fault(&self, address: u64, access: Access, reason: RefusalReason) -> TranslationFault {
         TranslationFault(RefusedAccess { endpoint: self.translator.endpoint, address, access, reason })
     }
 

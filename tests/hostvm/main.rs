@@ -21,3 +21,5 @@ mod leaving;
 mod model;
 mod pci;
 mod rmrr;
+#[cfg(feature = "vhost")]
+mod vhost_net;

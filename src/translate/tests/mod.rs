@@ -15,6 +15,8 @@ use crate::reserved::EndpointView;
 
 mod random;
 mod stress;
+#[cfg(feature = "vhost")]
+mod vhost;
 
 const DISK: EndpointId = EndpointId(8);
 const NET: EndpointId = EndpointId(16);
@@ -31,6 +33,7 @@ struct Machine {
     memory: Memory,
     disk: Translator,
     net: Translator,
+    groups: [Arc<EmulatedGroup>; 2],
 }
 
 impl Machine {
@@ -40,14 +43,14 @@ impl Machine {
         let [disk, net] = [0, 1].map(|index| groups[index].translator([DISK, NET][index]).unwrap());
         let settings = Settings { boot_bypass, ..Settings::new("0-ffffffffffff".parse().unwrap(), PAGE) };
         let endpoints = [DISK, NET].map(|id| (id, EndpointView::default())).to_vec();
-        let groups = groups.into_iter().map(|group| group as Arc<dyn HostGroup>).collect();
-        let mut device = VirtioIommu::new(settings, endpoints, groups).unwrap();
+        let seen = groups.iter().map(|group| Arc::clone(group) as Arc<dyn HostGroup>).collect();
+        let mut device = VirtioIommu::new(settings, endpoints, seen).unwrap();
         let memory =
             Memory::from_ranges(&[(GuestAddress(0), 0x10_0000), (GuestAddress(0x10_0000), 0x10_0000)]).unwrap();
         assert_eq!(device.first_fault(), None);
         device.set_memory(ram(&memory));
         device.set_driver_features(device.features());
-        Self { device, memory, disk, net }
+        Self { device, memory, disk, net, groups }
     }
 
     fn send(&mut self, words: &[u32]) -> u8 {

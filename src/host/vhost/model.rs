@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The kernel's part of a vhost device, as far as IOTLBs go: questions by a socket, and an IOTLB of which whole entries go.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ::vhost::{Error, VhostIotlbBackend, VhostIotlbMsg, VhostIotlbType};
+use rustix::io::Errno;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    questions: UnixStream,
+    entries: Mutex<Vec<Entry>>,
+    /// What every write is answered with.
+    failure: Mutex<Option<Errno>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub iova: u64,
+    pub size: u64,
+    pub host_address: u64,
+    /// Reading is 1, writing is 2.
+    pub access: u8,
+}
+
+impl Kernel {
+    /// A device with nothing in its IOTLB, and where its questions are written.
+    pub fn new() -> (Self, UnixStream) {
+        let (questions, kernel) = UnixStream::pair().unwrap();
+        questions.set_nonblocking(true).unwrap();
+        (Self(Arc::new(State { questions, entries: Mutex::default(), failure: Mutex::default() })), kernel)
+    }
+
+    pub fn entries(&self) -> Vec<Entry> {
+        self.0.entries.lock().unwrap().clone()
+    }
+
+    pub fn fail(&self, errno: Errno) {
+        *self.0.failure.lock().unwrap() = Some(errno);
+    }
+}
+
+impl AsRawFd for Kernel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.questions.as_raw_fd()
+    }
+}
+
+impl VhostIotlbBackend for Kernel {
+    fn send_iotlb_msg(&self, message: &VhostIotlbMsg) -> Result<(), Error> {
+        if let Some(errno) = *self.0.failure.lock().unwrap() {
+            return Err(Error::IOError(io::Error::from(errno)));
+        }
+        // Whoever does not wait for it comes first.
+        if message.msg_type == VhostIotlbType::Update {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let last = message.iova.checked_add(message.size - 1).expect("no range wraps");
+        let mut entries = self.0.entries.lock().unwrap();
+        match message.msg_type {
+            VhostIotlbType::Update => entries.push(Entry {
+                iova: message.iova,
+                size: message.size,
+                host_address: message.userspace_addr,
+                access: message.perm as u8,
+            }),
+            VhostIotlbType::Invalidate => {
+                entries.retain(|entry| entry.iova > last || entry.iova + (entry.size - 1) < message.iova);
+            }
+            _ => panic!("the kernel does not know this"),
+        }
+        Ok(())
+    }
+}
