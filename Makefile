@@ -3,7 +3,7 @@
 CARGO ?= cargo
 # In all combinations; those that nothing else depends on, with none of the others and with all.
 FEATURES = queue iommufd type1 translate test-utils
-LEAF_FEATURES = acpi fdt serde embed event-manager vhost
+LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
 .PHONY: all demo test check unit model hostvm features bench fuzz soak
 

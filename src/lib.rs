@@ -103,7 +103,7 @@ pub mod spec;
 pub mod topology;
 #[cfg(feature = "translate")]
 pub mod translate;
-#[cfg(feature = "daemon")]
+#[cfg(feature = "vhost-user")]
 pub mod vhost_user;
 
 /// The README's code is compiled with the documentation's.

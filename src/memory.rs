@@ -276,7 +276,7 @@ impl fmt::Debug for HostMemory {
     }
 }
 
-#[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
+#[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost", feature = "vhost-user"))]
 mod mapped {
     use std::os::unix::fs::MetadataExt;
 
@@ -379,7 +379,7 @@ mod tests {
         assert!(!refused(&[(GuestAddress(u64::MAX), 1), (GuestAddress(0), u64::MAX)]));
     }
 
-    #[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
+    #[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost", feature = "vhost-user"))]
     #[test]
     fn the_same_file_mapped_again_is_the_same_ram() {
         use vm_memory::{FileOffset, GuestMemoryMmap};
@@ -398,7 +398,7 @@ mod tests {
         assert_eq!(segment.host().unwrap().file.as_ref().unwrap().offset(), 0x2800);
     }
 
-    #[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
+    #[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost", feature = "vhost-user"))]
     #[test]
     fn a_private_mapping_is_not_its_file() {
         use std::os::fd::OwnedFd;

@@ -2,7 +2,7 @@
 
 //! The backend over a real socket and a real ring, on the model of a host.
 
-#![cfg(all(feature = "daemon", feature = "test-utils"))]
+#![cfg(all(feature = "vhost-user", feature = "test-utils"))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod common;
@@ -352,4 +352,51 @@ fn a_large_map_is_answered_before_the_ring_stops() {
     assert_eq!(steps, STEPS);
     assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
     bench.end();
+}
+
+#[cfg(feature = "translate")]
+#[test]
+fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_without_a_kick() {
+    use virtio_iommu::translate::{Limits, Translation};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+    let group = Arc::new(Translation::new(Limits::default()).group(vec![ID]));
+    let translator = group.translator(ID).unwrap();
+    let settings = Settings { boot_bypass: false, ..Settings::new("0-7fffffffff".parse().unwrap(), 0x1000) };
+    let views = vec![(ID, EndpointView::new(Vec::new()).unwrap())];
+    let device = VirtioIommu::new(settings, views, vec![Arc::clone(&group) as _]).unwrap();
+    let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep }).unwrap());
+    group.on_refused(backend.waker());
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
+    let mut daemon = backend.daemon("test").unwrap();
+    let daemon = std::thread::spawn(move || {
+        daemon.start(&mut listener).unwrap();
+        let _ = daemon.wait();
+    });
+    let mut machine = Machine::connect(&path, guest_memory(MEMORY_SIZE));
+    machine.start();
+    machine.start_event_ring();
+    assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
+    assert_eq!(machine.send(&map(1, 0x5000, 0x1000, 0x2000, 1)), OK);
+
+    let write = |iova| {
+        let pinned = translator.pin();
+        let memory = backend.memory().memory();
+        let found = pinned.segments(iova, 4, Access::WRITE).next().unwrap();
+        found.map(|segment| memory.write_slice(b"data", segment.start).unwrap()).is_ok()
+    };
+    assert!(!write(0x5000), "it may only be read");
+    let event = machine.wait_for_event().expect("an event");
+    assert_eq!((event[0], u64::from_le_bytes(event[16..].try_into().unwrap())), (2, 0x5000));
+    assert_eq!(machine.send(&map(1, 0x6000, 0x1000, 0x3000, 2)), OK);
+    assert!(write(0x6000));
+    assert_eq!(machine.memory.read_obj::<[u8; 4]>(GuestAddress(0x3000)).unwrap(), *b"data");
+
+    drop(machine);
+    daemon.join().unwrap();
+    backend.shut_down();
+    assert!(!write(0x6000), "the frontend is gone");
 }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use clap::{Parser, ValueEnum};
 
+use super::backend::OnStop;
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::arguments::PolicyArguments;
 
@@ -85,15 +86,6 @@ pub enum OnOff {
     On,
     /// No.
     Off,
-}
-
-/// What happens when the frontend stops the rings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OnStop {
-    /// Nothing, until they start again.
-    Keep,
-    /// The device is reset.
-    Reset,
 }
 
 /// An assigned device, as given on the command line.

@@ -16,7 +16,6 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use super::args::OnStop;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
 use crate::device::{Statistics, VirtioIommu};
@@ -35,6 +34,16 @@ const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Vring = VringMutex<Memory>;
 
+/// What happens when the frontend stops the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum))]
+pub enum OnStop {
+    /// Nothing, until they start again.
+    Keep,
+    /// The device is reset.
+    Reset,
+}
+
 /// How the backend behaves where vhost-user leaves a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendOptions {
@@ -49,7 +58,7 @@ pub struct IommuBackend {
     memory: Memory,
     state: Mutex<State>,
     exit: (EventConsumer, EventNotifier),
-    again: (EventConsumer, EventNotifier),
+    again: (EventConsumer, Arc<EventNotifier>),
 }
 
 struct State {
@@ -90,7 +99,25 @@ impl IommuBackend {
             request_ring: RequestRing::default(),
             throttle: Throttle::new(Instant::now()),
         };
-        Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again: pair()? })
+        let (again, notifier) = pair()?;
+        let again = (again, Arc::new(notifier));
+        Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again })
+    }
+
+    /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
+    /// are pinned, and not kept after: then nothing is written to memory that the frontend was told is no longer used.
+    pub const fn memory(&self) -> &GuestMemoryAtomic<GuestMemoryMmap> {
+        &self.memory
+    }
+
+    /// What to call, from any thread, when there are events for the guest that the device does not know of:
+    /// `EmulatedGroup::on_refused` takes it.
+    pub fn waker(&self) -> impl Fn() + Send + Sync + 'static {
+        let notifier = Arc::clone(&self.again.1);
+        move || {
+            // It can only be full, and then the event loop is about to be woken.
+            let _ = notifier.notify();
+        }
     }
 
     /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget.

@@ -1,21 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as a vhost-user process: arguments, set-up, the backend, the life of the daemon.
+//! The device behind a vhost-user connection, and the daemon: arguments, set-up, the life of the process.
+//!
+//! With feature `vhost-user` alone there is [`IommuBackend`], for programs that have host groups of their own: say, of devices
+//! that they emulate (feature `translate`). Such a program starts what [`IommuBackend::daemon`] makes, waits until the frontend is
+//! gone, and calls [`IommuBackend::shut_down`] then. All else is the daemon's.
 
+#[cfg(feature = "daemon")]
 mod args;
 mod backend;
+#[cfg(feature = "daemon")]
 mod nodes;
 mod restart;
+#[cfg(feature = "daemon")]
 mod serve;
+#[cfg(feature = "daemon")]
 mod setup;
+#[cfg(feature = "daemon")]
 mod socket;
 mod throttle;
+#[cfg(feature = "daemon")]
 mod watcher;
 
-pub use args::{Arguments, EndpointArgument, OnOff, OnStop, ParseEndpointError};
-pub use backend::{BackendOptions, IommuBackend};
+#[cfg(feature = "daemon")]
+pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
+pub use backend::{BackendOptions, IommuBackend, OnStop};
+#[cfg(feature = "daemon")]
 pub use nodes::DeviceNode;
+#[cfg(feature = "daemon")]
 pub use serve::{ServeError, serve};
+#[cfg(feature = "daemon")]
 pub use setup::{BuiltDevice, SetupError, build_device};
+#[cfg(feature = "daemon")]
 pub use socket::{SocketError, bind};
+#[cfg(feature = "daemon")]
 pub use watcher::watch_if_asked;

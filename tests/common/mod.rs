@@ -28,6 +28,11 @@ const AVAILABLE: u64 = RINGS + 0x1000;
 const USED: u64 = RINGS + 0x2000;
 const REQUEST: u64 = RINGS + 0x3000;
 const REPLY: u64 = RINGS + 0x4000;
+/// The event ring: descriptors, available and used ring, and the one buffer, a page each.
+const EVENTS: u64 = RINGS + 0x8000;
+const EVENT_USED: u64 = EVENTS + 0x2000;
+const EVENT: u64 = EVENTS + 0x3000;
+const EVENT_SIZE: usize = 24;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -59,7 +64,8 @@ impl Reply {
 pub struct Machine {
     pub memory: Memory,
     pub frontend: Frontend,
-    kick: EventFd,
+    /// One for each ring: the backend reads them, and waits if there is nothing to read.
+    kicks: [EventFd; 2],
     call: EventFd,
     available: u16,
     used: u16,
@@ -89,7 +95,7 @@ impl Machine {
         assert!(protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::RESET_DEVICE));
         frontend.set_protocol_features(protocol & !VhostUserProtocolFeatures::REPLY_ACK).unwrap();
         let event = || EventFd::new(0).unwrap();
-        Self { memory, frontend, kick: event(), call: event(), available: 0, used: 0 }
+        Self { memory, frontend, kicks: [event(), event()], call: event(), available: 0, used: 0 }
     }
 
     /// Sets features, memory and the request ring, and starts it from the driver's place.
@@ -110,22 +116,48 @@ impl Machine {
 
     /// Starts the request ring at a base.
     pub fn start_ring(&mut self, base: u16) {
+        self.start_ring_at(0, base, DESCRIPTORS);
+    }
+
+    /// Starts a ring whose three parts are in consecutive pages.
+    fn start_ring_at(&mut self, index: usize, base: u16, descriptors: u64) {
         let address = |guest| self.memory.get_host_address(GuestAddress(guest)).unwrap() as u64;
         let ring = VringConfigData {
             queue_max_size: RING_SIZE,
             queue_size: RING_SIZE,
             flags: 0,
-            desc_table_addr: address(DESCRIPTORS),
-            used_ring_addr: address(USED),
-            avail_ring_addr: address(AVAILABLE),
+            desc_table_addr: address(descriptors),
+            used_ring_addr: address(descriptors + 0x2000),
+            avail_ring_addr: address(descriptors + 0x1000),
             log_addr: None,
         };
-        self.frontend.set_vring_num(0, RING_SIZE).unwrap();
-        self.frontend.set_vring_base(0, base).unwrap();
-        self.frontend.set_vring_addr(0, &ring).unwrap();
-        self.frontend.set_vring_call(0, &self.call).unwrap();
-        self.frontend.set_vring_kick(0, &self.kick).unwrap();
-        self.frontend.set_vring_enable(0, true).unwrap();
+        self.frontend.set_vring_num(index, RING_SIZE).unwrap();
+        self.frontend.set_vring_base(index, base).unwrap();
+        self.frontend.set_vring_addr(index, &ring).unwrap();
+        self.frontend.set_vring_call(index, &self.call).unwrap();
+        self.frontend.set_vring_kick(index, &self.kicks[index]).unwrap();
+        self.frontend.set_vring_enable(index, true).unwrap();
+    }
+
+    /// Starts the event ring, with a buffer for one event.
+    pub fn start_event_ring(&mut self) {
+        let buffer = Descriptor::new(EVENT, EVENT_SIZE as u32, WRITE, 0);
+        self.memory.write_obj(buffer, GuestAddress(EVENTS)).unwrap();
+        self.memory.write_obj(1u16.to_le(), GuestAddress(EVENTS + 0x1002)).unwrap();
+        self.start_ring_at(1, 0, EVENTS);
+    }
+
+    /// Waits for the event; `None` if there is none in two seconds.
+    pub fn wait_for_event(&self) -> Option<[u8; EVENT_SIZE]> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let order = std::sync::atomic::Ordering::Acquire;
+        while self.memory.load::<u16>(GuestAddress(EVENT_USED + 2), order).unwrap() == 0 {
+            if Instant::now() > deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        Some(self.memory.read_obj(GuestAddress(EVENT)).unwrap())
     }
 
     /// Stops the request ring; the base to start it with again.
@@ -150,9 +182,9 @@ impl Machine {
     /// Makes the available index a number of the driver's choosing, and lets the backend see it.
     pub fn break_ring(&mut self, index: u16) {
         self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
-        self.kick.write(1).unwrap();
+        self.kicks[0].write(1).unwrap();
         // A kick that was taken is counted no more. Then the ring is looked at.
-        let info = format!("/proc/self/fdinfo/{}", self.kick.as_raw_fd());
+        let info = format!("/proc/self/fdinfo/{}", self.kicks[0].as_raw_fd());
         let is_taken = |text: String| text.lines().any(|line| line.split_whitespace().eq(["eventfd-count:", "0"]));
         while !is_taken(std::fs::read_to_string(&info).unwrap()) {
             std::thread::sleep(Duration::from_millis(1));
@@ -185,7 +217,7 @@ impl Machine {
         self.available = self.available.wrapping_add(1);
         let order = std::sync::atomic::Ordering::Release;
         self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();
-        self.kick.write(1).unwrap();
+        self.kicks[0].write(1).unwrap();
     }
 
     /// Waits for the answer to a request; `None` if there is none in two seconds.
