@@ -5,17 +5,21 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all demo test check unit model hostvm features bench fuzz soak
+.PHONY: all quick demo test check unit model hostvm features bench fuzz soak
 
 all:
 	$(CARGO) build --release
+
+# The device and one behind it beside an unmodified QEMU with a stock Debian kernel: no KVM, no IOMMU and no kernel to build.
+quick:
+	@sh tests/quick/run
 
 # The whole path on one screen, in a host VM: no KVM and no IOMMU needed.
 demo:
 	@sh tests/hostvm/demo
 
 # Everything. The host VM's pieces are fetched once; see tests/hostvm/run.
-test: check unit model hostvm
+test: check unit model quick hostvm
 	@echo "test: OK"
 
 check:
