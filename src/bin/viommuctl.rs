@@ -291,6 +291,6 @@ fn draw(file: &FactsFile, path: &Path) -> Result<(), Failure> {
 }
 
 fn run_viot(iommu: PciAddress, endpoints: &[PciFunctions], output: &Path) -> Result<(), Failure> {
-    let bytes = viot::table(iommu, endpoints).map_err(|error| Failure(2, error.into()))?;
+    let bytes = viot::table(iommu, endpoints.iter().copied()).map_err(|error| Failure(2, error.into()))?;
     fs::write(output, bytes).map_err(|error| Failure(1, format!("cannot write {}: {error}", output.display()).into()))
 }

@@ -134,7 +134,7 @@ impl Launch {
     /// The guest's table, which also makes sure that no place is taken twice.
     fn viot(&self) -> Result<Vec<u8>, LaunchError> {
         let functions: Vec<PciFunctions> = self.devices.iter().map(|(_, guest)| PciFunctions::from(*guest)).collect();
-        Ok(viot::table(self.iommu, &functions)?)
+        Ok(viot::table(self.iommu, functions)?)
     }
 
     /// What [`start`](Self::start) would do, as lines for a shell.
