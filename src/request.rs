@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use crate::access::Access;
 use crate::id::{DomainId, EndpointId};
 use crate::range::IovaRange;
@@ -32,6 +34,23 @@ pub enum Status {
     Fault = 7,
     /// Resources are exhausted.
     NoMemory = 8,
+}
+
+impl fmt::Display for Status {
+    /// As in the specification, without what all have in common: `OK`, `NOENT`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "OK",
+            Self::IoError => "IOERR",
+            Self::Unsupported => "UNSUPP",
+            Self::DeviceError => "DEVERR",
+            Self::Invalid => "INVAL",
+            Self::Range => "RANGE",
+            Self::NoEntry => "NOENT",
+            Self::Fault => "FAULT",
+            Self::NoMemory => "NOMEM",
+        })
+    }
 }
 
 /// A request whose fields have been checked as far as they can be without knowing the device's state.
@@ -122,6 +141,18 @@ impl RequestKind {
     }
 }
 
+impl fmt::Display for RequestKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Attach => "ATTACH",
+            Self::Detach => "DETACH",
+            Self::Map => "MAP",
+            Self::Unmap => "UNMAP",
+            Self::Probe => "PROBE",
+        })
+    }
+}
+
 /// The largest device-writable part that is answered. No reply needs more; a larger buffer is returned unwritten, so that
 /// a guest cannot make the device clear gigabytes.
 pub const LARGEST_REPLY: usize = 64 << 10;
@@ -197,6 +228,23 @@ impl Request {
         }
         let iova = IovaRange::new(start, last).ok_or(Status::Range)?;
         Ok(Self::Unmap { domain, iova })
+    }
+}
+
+impl fmt::Display for Request {
+    /// On one line: `MAP domain 1: 0xfffff000-0xffffffff to 0x1234000, read-only`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attach { domain, endpoint, bypass } => {
+                write!(f, "ATTACH domain {domain}: endpoint {endpoint}{}", if *bypass { ", bypass" } else { "" })
+            }
+            Self::Detach { domain, endpoint } => write!(f, "DETACH domain {domain}: endpoint {endpoint}"),
+            Self::Map { domain, iova, physical, access } => {
+                write!(f, "MAP domain {domain}: {iova} to {physical:#x}, {access}")
+            }
+            Self::Unmap { domain, iova } => write!(f, "UNMAP domain {domain}: {iova}"),
+            Self::Probe { endpoint } => write!(f, "PROBE endpoint {endpoint}"),
+        }
     }
 }
 

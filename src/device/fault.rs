@@ -3,6 +3,7 @@
 //! Fault events for the guest, in a queue that cannot grow.
 
 use std::collections::VecDeque;
+use std::fmt;
 
 use super::VirtioIommu;
 use crate::access::Access;
@@ -55,6 +56,21 @@ impl Fault {
         bytes[8..12].copy_from_slice(&self.endpoint.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.address.unwrap_or(0).to_le_bytes());
         bytes
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "endpoint {}: ", self.endpoint)?;
+        match self.address {
+            Some(address) => write!(f, "{} access to {address:#x}", self.access)?,
+            None => f.write_str("access")?,
+        }
+        f.write_str(match self.reason {
+            FaultReason::Unknown => " refused",
+            FaultReason::Domain => " refused: the endpoint is in no domain, or blocked",
+            FaultReason::Mapping => " refused: nothing is mapped there, or not for this access",
+        })
     }
 }
 

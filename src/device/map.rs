@@ -18,7 +18,7 @@ use crate::id::DomainId;
 use crate::mapping::{Mapping, WouldSplit};
 use crate::memory::HostSegment;
 use crate::range::IovaRange;
-use crate::request::Status;
+use crate::request::{Request, Status};
 
 /// How a map over all tables of a domain went wrong.
 struct MapFailure {
@@ -36,6 +36,14 @@ pub struct UnfinishedMap {
     whole: Mapping,
     /// What has been mapped, from the start of it.
     done: Option<IovaRange>,
+}
+
+impl UnfinishedMap {
+    /// The request that it is.
+    pub(super) const fn request(&self) -> Request {
+        let Mapping { iova, physical, access } = self.whole;
+        Request::Map { domain: self.domain, iova, physical: physical.0, access }
+    }
 }
 
 impl VirtioIommu {

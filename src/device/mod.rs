@@ -35,18 +35,21 @@ mod state;
 mod statistics;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use domain::Domain;
 use endpoint::Endpoint;
 use fault::FaultQueue;
 use group::{Group, GroupTable};
 use notice::NoticeQueue;
+use trace::Tracer;
 
 pub use fault::{Fault, FaultReason};
 pub use map::UnfinishedMap;
 pub use notice::Notice;
 pub use state::{DeviceState, DomainState, FaultState, MappingState, RestoreError};
 pub use statistics::{Count, Statistics};
+pub use trace::Exchange;
 
 /// What a device offers and how much it may use. Fixed for the life of the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,6 +180,7 @@ pub struct VirtioIommu {
     faults: FaultQueue,
     notices: NoticeQueue,
     statistics: Statistics,
+    tracer: Tracer,
 }
 
 impl VirtioIommu {
@@ -210,6 +214,7 @@ impl VirtioIommu {
             faults: FaultQueue::default(),
             notices: NoticeQueue::default(),
             statistics: Statistics::default(),
+            tracer: Tracer::default(),
         })
     }
 
@@ -299,7 +304,8 @@ impl VirtioIommu {
         }
         let mut view = None;
         let mut unfinished = None;
-        let result = Request::parse(kind, readable).and_then(|request| match request {
+        let parsed = Request::parse(kind, readable);
+        let result = parsed.and_then(|request| match request {
             Request::Attach { domain, endpoint, bypass } => self.attach(domain, endpoint, bypass),
             Request::Detach { domain, endpoint } => self.detach(domain, endpoint),
             Request::Map { domain, iova, physical, access } => {
@@ -308,32 +314,36 @@ impl VirtioIommu {
             Request::Unmap { domain, iova } => self.unmap(domain, iova),
             Request::Probe { endpoint } => self.probe(endpoint, writable.len()).map(|found| view = Some(found)),
         });
-        match unfinished {
-            Some(map) => Progress::Unfinished(map),
-            None => self.answer(kind, result, view.as_ref().map_or(&[][..], EndpointView::reported), writable),
+        if let Some(map) = unfinished {
+            return Progress::Unfinished(map);
         }
+        let properties = view.as_ref().map_or(&[][..], EndpointView::reported);
+        self.answer(kind, parsed.ok(), result, properties, writable)
     }
 
     /// Takes one more step of a MAP. The reply goes to the same device-writable bytes.
     ///
     /// If something done in between took away what had been mapped, say a reset, the answer is an error.
     pub fn go_on(&mut self, map: UnfinishedMap, writable: &mut [u8]) -> Progress {
+        let request = map.request();
         match self.map_step(map) {
             Ok(Some(map)) => Progress::Unfinished(map),
-            Ok(None) => self.answer(RequestKind::Map, Ok(()), &[], writable),
-            Err(status) => self.answer(RequestKind::Map, Err(status), &[], writable),
+            Ok(None) => self.answer(RequestKind::Map, Some(request), Ok(()), &[], writable),
+            Err(status) => self.answer(RequestKind::Map, Some(request), Err(status), &[], writable),
         }
     }
 
     fn answer(
         &mut self,
         kind: RequestKind,
+        request: Option<Request>,
         result: Result<(), Status>,
         properties: &[ReservedRegion],
         writable: &mut [u8],
     ) -> Progress {
         let status = result.err().unwrap_or(Status::Ok);
         self.statistics.count(kind, status);
+        self.tracer.tell(&Exchange::Request { kind, request, status });
         Progress::Answered { used: write_reply(writable, status, properties) }
     }
 
@@ -385,7 +395,9 @@ impl VirtioIommu {
     /// Takes the oldest fault event that waits for the guest.
     pub fn take_fault(&mut self) -> Option<Fault> {
         self.collect_refused();
-        self.faults.pop()
+        let fault = self.faults.pop()?;
+        self.tracer.tell(&Exchange::Fault(fault));
+        Some(fault)
     }
 
     /// Takes the oldest notice for the operator.

@@ -190,6 +190,7 @@ impl VirtioIommu {
             faults: super::FaultQueue::default(),
             notices: super::NoticeQueue::default(),
             statistics: super::Statistics::default(),
+            tracer: super::Tracer::default(),
         }
     }
 

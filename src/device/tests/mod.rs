@@ -13,6 +13,7 @@ use crate::reserved::{ReservedKind, ReservedRegion};
 
 mod attaching;
 mod bypass;
+mod exchanges;
 #[cfg(all(feature = "iommufd", feature = "type1"))]
 mod generated;
 mod groups;
