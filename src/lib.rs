@@ -41,7 +41,8 @@
 //! # }
 //! ```
 //!
-//! With feature `queue`, [`queue::Requests`] does that for a whole virtqueue. With feature `iommufd`,
+//! With feature `queue`, [`queue::Requests`] does that for a whole virtqueue; with feature `embed`, [`embed`] puts the device behind a
+//! transport and a loop, and has an example with an emulated device behind it. With feature `iommufd`,
 //! [`host::iommufd::IommufdGroup`] stands for a group of assigned devices. A VMM implements [`host::HostGroup`] and
 //! [`host::IoPageTable`] for anything else that translates.
 //!

@@ -20,6 +20,69 @@
 //! | topology | a VIOT that covers the endpoints ([`crate::topology`]), or `iommu-map` without the device's own ID |
 //! | devices behind it | offer `VIRTIO_F_ACCESS_PLATFORM` if they are virtio devices, and translate ([`crate::translate`]) |
 //! | VFIO | the files of assigned devices are given to KVM's VFIO device, as without this one |
+//!
+//! # Example
+//!
+//! The device between a transport and a loop, and an emulated device behind it. `examples/microvm` is a whole VMM around the same:
+//! it boots Linux on KVM, with virtio over MMIO, event-manager's loop, and a disk behind the IOMMU.
+//!
+#![cfg_attr(feature = "translate", doc = "```")]
+#![cfg_attr(not(feature = "translate"), doc = "```ignore")]
+//! use std::sync::Arc;
+//!
+//! use virtio_iommu::device::{Settings, VirtioIommu};
+//! use virtio_iommu::embed::{EmbeddedIommu, Transport};
+//! use virtio_iommu::host::HostGroup;
+//! use virtio_iommu::id::EndpointId;
+//! use virtio_iommu::memory::GuestRam;
+//! use virtio_iommu::queue::QueueError;
+//! use virtio_iommu::reserved::EndpointView;
+//! use virtio_iommu::translate::{Limits, Translation};
+//! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+//!
+//! struct Registers;
+//!
+//! impl Transport for Registers {
+//!     fn buffers_used(&self, _queue: u16) {
+//!         // Raise an interrupt.
+//!     }
+//!
+//!     fn needs_reset(&self, _reason: &QueueError) {
+//!         // Set DEVICE_NEEDS_RESET, and raise a configuration interrupt.
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)])?;
+//! let endpoint: EndpointId = "00:03.0".parse()?;
+//! let group = Arc::new(Translation::new(Limits::default()).group(vec![endpoint]));
+//! let settings = Settings { boot_bypass: false, ..Settings::new("0-ffffffffffff".parse()?, 0x1000) };
+//! let endpoints = vec![(endpoint, EndpointView::default())];
+//! let mut device = VirtioIommu::new(settings, endpoints, vec![Arc::clone(&group) as Arc<dyn HostGroup>])?;
+//! device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 0x10_0000)])?);
+//!
+//! let mut iommu = EmbeddedIommu::new(device, Arc::new(memory.clone()), Arc::new(Registers))?;
+//! // The loop waits for iommu.fds(); KVM writes kicks to iommu.kick(0) and iommu.kick(1).
+//! group.on_refused(iommu.waker());
+//!
+//! // The driver starts the device, and its requests come by the queue; here they come by hand: ATTACH to domain 1, and MAP of
+//! // 0x4000-0x4fff to 0x8000, for writing.
+//! let mut reply = [0xff; 4];
+//! let attach = [1, 1, endpoint.0, 0, 0].map(u32::to_le_bytes);
+//! iommu.device_mut().handle(attach.as_flattened(), &mut reply);
+//! assert_eq!(reply, [0; 4]);
+//! let map = [3, 1, 0x4000, 0, 0x4fff, 0, 0x8000, 0, 2].map(u32::to_le_bytes);
+//! iommu.device_mut().handle(map.as_flattened(), &mut reply);
+//! assert_eq!(reply, [0; 4]);
+//!
+//! // The emulated device's DMA: virtqueues, descriptors and buffers, all through this.
+//! let translator = group.translator(endpoint).ok_or("it is in the group")?;
+//! translator.memory(&memory).write_obj(7u32, GuestAddress(0x4010))?;
+//! assert_eq!(memory.read_obj::<u32>(GuestAddress(0x8010))?, 7);
+//! assert!(translator.memory(&memory).write_obj(7u32, GuestAddress(0x8010)).is_err());
+//! # Ok(())
+//! # }
+//! ```
 
 #![forbid(unsafe_code)]
 

@@ -18,6 +18,7 @@ mod embedded;
 mod guest;
 mod inspect;
 mod leaving;
+mod microvm;
 mod model;
 mod pci;
 mod rmrr;

@@ -173,7 +173,7 @@ impl Script {
         self.used += 1;
         assert!(self.used < QUEUE_SIZE, "every entry of the ring is 0: its first chain");
         self.write(QUEUES + 0x1000, self.used << 16);
-        self.write(IOMMU + super::mmio::QUEUE_NOTIFY, 0);
+        self.write(IOMMU + super::mmio::QUEUE_NOTIFY as u32, 0);
         self.step(WAIT, QUEUES + 0x2000, self.used << 16);
         self.wait_for_interrupt();
         reply
@@ -181,7 +181,7 @@ impl Script {
 
     pub fn break_request_queue(&mut self) {
         self.write(QUEUES + 0x1000, 1000 << 16);
-        self.write(IOMMU + super::mmio::QUEUE_NOTIFY, 0);
+        self.write(IOMMU + super::mmio::QUEUE_NOTIFY as u32, 0);
     }
 
     /// Has the emulated device access an address; where the result will be.

@@ -22,10 +22,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 mod guest;
+#[path = "../../examples/microvm/mmio.rs"]
 mod mmio;
 
 use guest::{Script, Vm};
-use mmio::{Line, Registers};
+use mmio::{Interrupt, Registers};
 
 const IOMMU: u32 = 0xd000_0000;
 /// The emulated device: I/O virtual address, value, command, result.
@@ -49,7 +50,7 @@ fn run(script: &Script) -> Option<GuestMemoryMmap> {
     let mut vm = Vm::new(&kvm, script);
     let interrupt = EventFd::new(0).unwrap();
     vm.fd.register_irqfd(&interrupt, IRQ).unwrap();
-    let line = Arc::new(Line::new(interrupt));
+    let interrupt = Arc::new(Interrupt::new(interrupt));
 
     let group = Translation::new(Limits::default()).group(vec![ENDPOINT]);
     let translator = group.translator(ENDPOINT).unwrap();
@@ -59,10 +60,10 @@ fn run(script: &Script) -> Option<GuestMemoryMmap> {
     let mut device = VirtioIommu::new(settings, endpoints, vec![Arc::clone(&group) as Arc<dyn HostGroup>]).unwrap();
     device.set_memory(GuestRam::in_software(&[(GuestAddress(0), guest::MEMORY_SIZE as u64)]).unwrap());
     let memory = Arc::new(vm.memory.clone());
-    let iommu = EmbeddedIommu::new(device, memory, Arc::clone(&line) as Arc<dyn Transport>).unwrap();
+    let iommu = EmbeddedIommu::new(device, memory, Arc::clone(&interrupt) as Arc<dyn Transport>).unwrap();
     group.on_refused(iommu.waker());
     for queue in 0..2 {
-        let address = kvm_ioctls::IoEventAddress::Mmio(u64::from(IOMMU + mmio::QUEUE_NOTIFY));
+        let address = kvm_ioctls::IoEventAddress::Mmio(u64::from(IOMMU) + mmio::QUEUE_NOTIFY);
         vm.fd.register_ioevent(iommu.kick(queue).unwrap(), &address, u32::from(queue)).unwrap();
     }
     let iommu = Arc::new(Mutex::new(iommu));
@@ -77,7 +78,7 @@ fn run(script: &Script) -> Option<GuestMemoryMmap> {
         }
     });
 
-    let mut registers = Registers::new(line);
+    let mut registers = Registers::new(iommu, interrupt).unwrap();
     let mut dma = [0u32; 4];
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -85,22 +86,19 @@ fn run(script: &Script) -> Option<GuestMemoryMmap> {
         match vm.vcpu.run().unwrap() {
             VcpuExit::IoOut(guest::END, _) => break,
             VcpuExit::IoOut(guest::WAITING, _) => std::thread::yield_now(),
+            VcpuExit::MmioRead(address, bytes) if address < u64::from(DMA) => {
+                registers.read(address - u64::from(IOMMU), bytes);
+            }
+            VcpuExit::MmioWrite(address, bytes) if address < u64::from(DMA) => {
+                registers.write(address - u64::from(IOMMU), bytes);
+            }
             VcpuExit::MmioRead(address, bytes) => {
-                let register = address as u32 & 0xfff;
-                let value = if address < u64::from(DMA) {
-                    registers.read(&iommu.lock().unwrap(), register)
-                } else {
-                    dma[register as usize / 4]
-                };
+                let value = dma[(address - u64::from(DMA)) as usize / 4];
                 bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
             }
             VcpuExit::MmioWrite(address, bytes) => {
-                let register = address as u32 & 0xfff;
+                let register = address as u32 - DMA;
                 let value = u32::from_le_bytes(bytes.try_into().unwrap());
-                if address < u64::from(DMA) {
-                    registers.write(&mut iommu.lock().unwrap(), register, value);
-                    continue;
-                }
                 dma[register as usize / 4] = value;
                 let seen = translator.memory(&vm.memory);
                 let at = GuestAddress(u64::from(dma[0]));
