@@ -3,16 +3,19 @@
 //! A stock Linux guest under examples/microvm, its disk behind the IOMMU that is emulated in the same process.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::daemon::must_exist;
 
 const DISK: &str = "/tmp/microvm-disk";
-const DISK_SIZE: usize = 8 << 20;
+const DISK_SIZE: usize = 4 << 20;
 /// What the guest writes to the end of the disk.
 static WRITTEN: [u8; 64 << 10] = [b'V'; 64 << 10];
+/// What is typed: more than the serial port has room for.
+const TYPED: &str =
+    "0123456789abcdefghijklmnopqrstuvwxyz-0123456789abcdefghijklmnopqrstuvwxyz-0123456789abcdefghijklmnopqrstuvwxyz";
 /// Where a stray write goes.
 const STRAY_TARGET: &str = "0x9f000";
 
@@ -26,21 +29,34 @@ struct Ended {
 fn run(arguments: &[&str], command_line: &str) -> Ended {
     let start = Instant::now();
     fs::write(DISK, fresh_disk()).unwrap();
-    let output = Command::new("timeout")
-        .arg("60")
+    let errors = "/tmp/microvm-errors";
+    let mut process = Command::new("timeout")
+        .arg("120")
         .arg(must_exist("/bin/microvm"))
         .args(["--kernel", "/guest/kernel", "--initrd", "/guest/microvm-initrd", "--disk", DISK])
         .args(["--cmdline", &format!("quiet {command_line}")])
         .args(arguments)
-        .stdin(Stdio::null())
-        .output()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(File::create(errors).unwrap())
+        .spawn()
         .unwrap();
-    let [console, vmm] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).replace('\r', ""));
-    for line in console.lines().filter(|line| !line.is_empty()) {
+    let mut keyboard = process.stdin.take().unwrap();
+    let mut console = String::new();
+    for line in BufReader::new(process.stdout.take().unwrap()).split(b'\n') {
+        let line = String::from_utf8_lossy(&line.unwrap()).replace('\r', "");
         println!("console: {line}");
+        if line.contains("guest: waits for a line") {
+            writeln!(keyboard, "{TYPED}").unwrap();
+        }
+        console += &line;
+        console.push('\n');
     }
-    println!("microvm {arguments:?}: {} ms, {}", start.elapsed().as_millis(), output.status);
-    assert!(output.status.success(), "{}:\n{vmm}", output.status);
+    let status = process.wait().unwrap();
+    let vmm = fs::read_to_string(errors).unwrap();
+    println!("microvm {arguments:?}: {} ms, {status}", start.elapsed().as_millis());
+    assert!(status.success(), "{status}:\n{vmm}");
+    assert!(console.lines().any(|line| line == format!("guest: reads {TYPED}")), "what is typed reaches the guest");
     Ended { console, vmm }
 }
 
