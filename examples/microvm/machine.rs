@@ -9,6 +9,7 @@ use std::thread;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use virtio_iommu::causes::with_causes;
 use virtio_iommu::topology::viot::{self, Endpoints, IommuAddress};
 use virtio_iommu::translate::Translator;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
@@ -93,7 +94,14 @@ impl Machine {
         // It ends with the process.
         thread::Builder::new()
             .name("devices".to_owned())
-            .spawn(move || while manager.run().is_ok() {})
+            .spawn(move || {
+                let error = loop {
+                    if let Err(error) = manager.run() {
+                        break error;
+                    }
+                };
+                eprintln!("microvm: devices are served no longer: {}", with_causes(&error));
+            })
             .map_err(Error::Thread)?;
         vcpu::run(&mut self.vcpu, &mut self.bus)
     }
