@@ -39,7 +39,7 @@ use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::id::{EndpointId, PciAddress};
 use virtio_iommu::reserved::plan::X86_MSI;
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
-use virtio_iommu::topology::viot;
+use virtio_iommu::topology::viot::{self, PciFunctions};
 use virtio_iommu::translate::{EmulatedGroup, Limits, Translation};
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 
@@ -71,7 +71,7 @@ fn main() -> ExitCode {
 
 /// Serves both until QEMU ends, which decides on the exit code.
 fn run(directory: &Path, qemu: &OsString, mut arguments: Vec<OsString>) -> Result<ExitCode, Box<dyn Error>> {
-    let table = viot::table(IOMMU.parse()?, &[DEVICE.parse()?])?;
+    let table = viot::table(IOMMU.parse::<PciAddress>()?, [DEVICE.parse::<PciFunctions>()?])?;
     let endpoint = EndpointId::from(DEVICE.parse::<PciAddress>()?);
     let (device, group) = device(endpoint)?;
     let translator = group.translator(endpoint).ok_or("the endpoint is not in its group")?;
