@@ -11,22 +11,7 @@ use crate::spec::feature;
 
 impl VirtioIommu {
     pub(super) fn attach(&mut self, domain: DomainId, id: EndpointId, bypass: bool) -> Result<(), Status> {
-        // 5.13.6.3: the flag exists "when the VIRTIO_IOMMU_F_BYPASS_CONFIG is negotiated".
-        if bypass && self.driver_features & feature::BYPASS_CONFIG == 0 {
-            return Err(Status::Invalid);
-        }
-        // 5.13.6: "domain_range describes the values supported in a domain field."
-        if !self.settings.domain_range.contains(&domain.0) {
-            return Err(Status::Invalid);
-        }
-        // 5.13.6.3.2: "If the endpoint identified by endpoint doesn't exist, the device MUST reject the request and
-        // set status to VIRTIO_IOMMU_S_NOENT."
-        let endpoint = self.endpoints.get(&id).ok_or(Status::NoEntry)?;
-        let (group, previous) = (endpoint.group, endpoint.domain);
-        self.recover_if_empty(domain);
-        self.check_domain(domain, id, bypass)?;
-        self.check_siblings(group, id, domain)?;
-
+        let group = self.check_attach(domain, id, bypass)?;
         self.domains.entry(domain).or_insert_with(|| Domain::new(bypass));
         match self.agreement(group, Some((id, domain))) {
             Agreement::Domain(_) => {
@@ -37,9 +22,42 @@ impl VirtioIommu {
             }
             Agreement::Unattached | Agreement::Disagreement => self.group_mut(group).block(),
         }
-        if let Some(endpoint) = self.endpoints.get_mut(&id) {
-            endpoint.domain = Some(domain);
+        self.join_domain(domain, id);
+        Ok(())
+    }
+
+    /// Attaches an endpoint to a bypass domain whose memory came, after the driver had attached it, to where the endpoint cannot
+    /// reach it: its group is blocked.
+    pub(super) fn attach_blocked(&mut self, domain: DomainId, id: EndpointId) -> Result<(), Status> {
+        let group = self.check_attach(domain, id, true)?;
+        self.domains.entry(domain).or_insert_with(|| Domain::new(true));
+        self.group_mut(group).block();
+        self.join_domain(domain, id);
+        Ok(())
+    }
+
+    /// Whether an endpoint may be attached to a domain, as far as the guest's own view goes, and the group that it is in.
+    fn check_attach(&mut self, domain: DomainId, id: EndpointId, bypass: bool) -> Result<usize, Status> {
+        // 5.13.6.3: the flag exists "when the VIRTIO_IOMMU_F_BYPASS_CONFIG is negotiated".
+        if bypass && self.driver_features & feature::BYPASS_CONFIG == 0 {
+            return Err(Status::Invalid);
         }
+        // 5.13.6: "domain_range describes the values supported in a domain field."
+        if !self.settings.domain_range.contains(&domain.0) {
+            return Err(Status::Invalid);
+        }
+        // 5.13.6.3.2: "If the endpoint identified by endpoint doesn't exist, the device MUST reject the request and
+        // set status to VIRTIO_IOMMU_S_NOENT."
+        let group = self.endpoints.get(&id).ok_or(Status::NoEntry)?.group;
+        self.recover_if_empty(domain);
+        self.check_domain(domain, id, bypass)?;
+        self.check_siblings(group, id, domain)?;
+        Ok(group)
+    }
+
+    /// Writes an endpoint into a domain's books, and out of those of the domain that it was in.
+    fn join_domain(&mut self, domain: DomainId, id: EndpointId) {
+        let previous = self.endpoints.get_mut(&id).and_then(|endpoint| endpoint.domain.replace(domain));
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.insert(id);
         }
@@ -48,10 +66,9 @@ impl VirtioIommu {
         if let Some(previous) = previous.filter(|previous| *previous != domain) {
             self.leave_domain(previous, id);
         }
-        Ok(())
     }
 
-    /// Whether an endpoint may join a domain, as far as the guest's own view goes.
+    /// Whether a domain can take an endpoint.
     fn check_domain(&self, domain: DomainId, id: EndpointId, bypass: bool) -> Result<(), Status> {
         match self.domains.get(&domain) {
             // 5.13.6.3.2: "If the domain already exists and the VIRTIO_IOMMU_ATTACH_F_BYPASS flag is not consistent

@@ -8,6 +8,7 @@ use super::VirtioIommu;
 use super::group::GroupTable;
 use crate::access::Access;
 use crate::host::{HostError, HostErrorKind, IoPageTable};
+use crate::id::EndpointId;
 use crate::range::IovaRange;
 use crate::reserved::{EndpointView, ReservedKind};
 
@@ -56,6 +57,11 @@ impl VirtioIommu {
         }
         self.identity_tables.push(Arc::clone(&table));
         Ok(table)
+    }
+
+    /// Whether guest memory lies where the group of an endpoint cannot reach it.
+    pub(super) fn has_memory_in_reserved(&self, endpoint: EndpointId) -> bool {
+        self.endpoints.get(&endpoint).is_some_and(|endpoint| self.ram_in_reserved(endpoint.group).is_some())
     }
 
     /// Guest memory that lies where an endpoint of the group cannot reach it, and the region that it lies in: bypass would not

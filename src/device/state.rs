@@ -240,11 +240,12 @@ impl VirtioIommu {
         let apart = domain_of.iter().map(|(id, own)| (*id, *own));
         for (endpoint, domain) in together.into_iter().chain(apart) {
             let id = DomainId(domain.id);
-            self.attach(id, endpoint, domain.bypass).map_err(|status| RestoreError::Endpoint {
-                endpoint,
-                domain: id,
-                status,
-            })?;
+            let result = if domain.bypass && self.has_memory_in_reserved(endpoint) {
+                self.attach_blocked(id, endpoint)
+            } else {
+                self.attach(id, endpoint, domain.bypass)
+            };
+            result.map_err(|status| RestoreError::Endpoint { endpoint, domain: id, status })?;
         }
         Ok(())
     }

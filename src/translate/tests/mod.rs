@@ -33,6 +33,7 @@ struct Machine {
     memory: Memory,
     disk: Translator,
     net: Translator,
+    #[cfg_attr(not(feature = "vhost"), expect(dead_code, reason = "only caches are added to it"))]
     groups: [Arc<EmulatedGroup>; 2],
 }
 
