@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench fuzz soak
+.PHONY: all quick demo test check unit model hostvm features bench fuzz soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -67,3 +67,11 @@ SECONDS ?= 60
 fuzz:
 	@$(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(SECONDS)
 	@echo "fuzz: OK"
+
+# The stress test of translations under the thread sanitizer; needs a nightly compiler with rust-src. The standard library is built
+# too: without that its locks would not be known, and what they guard would look like races.
+sanitize:
+	@RUSTFLAGS=-Zsanitizer=thread SOAK_SECONDS=$(SECONDS) $(CARGO) +nightly test -Zbuild-std --target x86_64-unknown-linux-gnu \
+		--target-dir target/sanitize --no-default-features --features translate,test-utils --lib \
+		-- --nocapture stress::nothing_is_touched
+	@echo "sanitize: OK"
