@@ -46,8 +46,8 @@ const MOST_UNANSWERED: usize = 64;
 
 /// Answers a kernel device's questions, and has it forget what is no longer mapped.
 ///
-/// It is made before the device is started. When it is dropped the device forgets everything: whatever it asks for then is not
-/// answered.
+/// It is made before the device is started, and dropped when it was stopped: an UNMAP does not wait for a device that nobody answers
+/// for any more. It forgets everything then.
 pub struct VhostIotlb<B: VhostIotlbBackend, M> {
     device: B,
     /// What the device's messages are read from.
@@ -91,8 +91,8 @@ where
     M::M: GuestMemoryBackend,
 {
     /// Answers for the device of an endpoint. `memory` is guest memory as the VMM has mapped it; it is replaced before the IOMMU
-    /// hears of it. `stop` is called if the kernel does not take an invalidation: it takes the device off its queues (for
-    /// vhost-net, by taking its backend away) before it returns.
+    /// hears of it. `stop` is called if the kernel does not take an invalidation, on the thread that calls the IOMMU: it takes
+    /// the device off its queues (for vhost-net, by taking its backend away) before it returns, and does not call the IOMMU.
     ///
     /// # Errors
     ///
