@@ -51,7 +51,7 @@ hostvm:
 
 # What things cost, beside what others would; needs valgrind.
 bench:
-	@$(CARGO) bench --quiet --features translate --bench main
+	@$(CARGO) bench --quiet --features queue,translate --bench main
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)

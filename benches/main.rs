@@ -14,12 +14,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use serde_json::{Map, Value, json};
 
 mod readers;
+mod requests;
 mod translation;
 
 /// Something that is done so many times.
@@ -30,6 +31,8 @@ struct Case {
     name: &'static str,
     rounds: u64,
     set_up: fn() -> Work,
+    /// The same without what is measured, for what is done once after it was set up; if there is none, it can be done over and over.
+    without: Option<fn() -> Work>,
 }
 
 /// How often a case is done without being measured, then for each measurement.
@@ -38,13 +41,14 @@ const SUMMARY: &str = "target/bench/summary.json";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    let cases = translation::cases();
+    let cases: Vec<Case> = translation::cases().into_iter().chain(requests::cases()).collect();
     // Run by valgrind: does one thing, so many times.
     if let [_, run, name, rounds] = &arguments[..]
-        && run == "run"
+        && (run == "run" || run == "without")
     {
         let case = cases.iter().find(|case| case.name == name).expect("a case");
-        (case.set_up)()(rounds.parse().expect("a number"));
+        let set_up = case.without.filter(|_| run == "without").unwrap_or(case.set_up);
+        set_up()(rounds.parse().expect("a number"));
         return ExitCode::SUCCESS;
     }
     // Run in a process of its own.
@@ -74,35 +78,42 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Instructions for each round: those of many rounds less those of none.
+/// Instructions for each round: those of many rounds less those of none, or of what is not measured.
 fn instructions(case: &Case) -> f64 {
-    let count = |rounds: u64| -> u64 {
+    let count = |run: &str, rounds: u64| -> u64 {
         let output = Command::new("valgrind")
             .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
             .arg(std::env::current_exe().unwrap())
-            .args(["run", case.name, &rounds.to_string()])
+            .args([run, case.name, &rounds.to_string()])
             .output()
             .expect("valgrind runs");
         let text = String::from_utf8_lossy(&output.stderr);
         let line = text.lines().find_map(|line| line.split_once("Collected : "));
         line.and_then(|(_, count)| count.trim().parse().ok()).unwrap_or_else(|| panic!("{text}"))
     };
+    if case.without.is_some() {
+        return (count("run", case.rounds) - count("without", case.rounds)) as f64 / case.rounds as f64;
+    }
     let rounds = case.rounds / 10;
-    (count(rounds) - count(0)) as f64 / rounds as f64
+    (count("run", rounds) - count("run", 0)) as f64 / rounds as f64
 }
 
 /// Nanoseconds for each round: the median.
 fn nanoseconds(case: &Case) -> f64 {
-    let mut work = (case.set_up)();
-    work(case.rounds);
-    let times: Vec<Duration> = (0..MEASUREMENTS)
-        .map(|_| {
-            let start = Instant::now();
+    let time = |work: &mut Work| {
+        let start = Instant::now();
+        work(case.rounds);
+        start.elapsed().as_secs_f64()
+    };
+    let times: Vec<f64> = match case.without {
+        None => {
+            let mut work = (case.set_up)();
             work(case.rounds);
-            start.elapsed()
-        })
-        .collect();
-    median(times).as_secs_f64() * 1e9 / case.rounds as f64
+            (0..MEASUREMENTS).map(|_| time(&mut work)).collect()
+        }
+        Some(without) => (0..MEASUREMENTS).map(|_| time(&mut (case.set_up)()) - time(&mut without())).collect(),
+    };
+    median(times) * 1e9 / case.rounds as f64
 }
 
 fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> T {

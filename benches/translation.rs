@@ -25,7 +25,7 @@ const MEMORY_SIZE: u64 = 64 << 20;
 const ROUNDS: u64 = 200_000;
 
 pub fn cases() -> Vec<Case> {
-    let case = |name, set_up| Case { name, rounds: ROUNDS, set_up };
+    let case = |name, set_up| Case { name, rounds: ROUNDS, set_up, without: None };
     vec![
         case("translate/dense", || translate(false)),
         case("translate/dense/btreemap", || translate_by_map(false)),
