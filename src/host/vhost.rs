@@ -59,6 +59,10 @@ impl<B: VhostIotlbBackend + Send + Sync> DmaMapper for VhostMapper<B> {
 
     fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        if mapped.range(iova.start()..=iova.last()).next().is_none() {
+            // The kernel has no address space for the device before it was told of a mapping, and refuses then.
+            return Ok(0);
+        }
         invalidate(&self.device, iova)?;
         let mut gone = 0;
         mapped.retain(|start, length| {

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ struct State {
     entries: Mutex<Vec<Entry>>,
     /// What every write is answered with.
     failure: Mutex<Option<Errno>>,
+    /// There is nothing to forget anything in before the first update: vhost-vdpa.
+    needs_update_first: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +39,16 @@ impl Kernel {
     pub fn new() -> (Self, UnixStream) {
         let (questions, kernel) = UnixStream::pair().unwrap();
         questions.set_nonblocking(true).unwrap();
-        (Self(Arc::new(State { questions, entries: Mutex::default(), failure: Mutex::default() })), kernel)
+        let needs_update_first = AtomicBool::new(false);
+        let state = State { questions, entries: Mutex::default(), failure: Mutex::default(), needs_update_first };
+        (Self(Arc::new(state)), kernel)
+    }
+
+    /// A vhost-vdpa device: `vhost_vdpa_process_iotlb_msg`, drivers/vhost/vdpa.c, finds no address space before an update.
+    pub fn vdpa() -> Self {
+        let (kernel, _) = Self::new();
+        kernel.0.needs_update_first.store(true, Ordering::SeqCst);
+        kernel
     }
 
     pub fn entries(&self) -> Vec<Entry> {
@@ -66,12 +78,18 @@ impl VhostIotlbBackend for Kernel {
         let last = message.iova.checked_add(message.size - 1).expect("no range wraps");
         let mut entries = self.0.entries.lock().unwrap();
         match message.msg_type {
-            VhostIotlbType::Update => entries.push(Entry {
-                iova: message.iova,
-                size: message.size,
-                host_address: message.userspace_addr,
-                access: message.perm as u8,
-            }),
+            VhostIotlbType::Update => {
+                self.0.needs_update_first.store(false, Ordering::SeqCst);
+                entries.push(Entry {
+                    iova: message.iova,
+                    size: message.size,
+                    host_address: message.userspace_addr,
+                    access: message.perm as u8,
+                });
+            }
+            VhostIotlbType::Invalidate if self.0.needs_update_first.load(Ordering::SeqCst) => {
+                return Err(Error::IOError(io::Error::from(Errno::INVAL)));
+            }
             VhostIotlbType::Invalidate => {
                 entries.retain(|entry| entry.iova > last || entry.iova + (entry.size - 1) < message.iova);
             }

@@ -30,7 +30,7 @@ struct Machine {
 
 impl Machine {
     fn new() -> Self {
-        let (kernel, _) = Kernel::new();
+        let kernel = Kernel::vdpa();
         let usable: IovaRange = "0-ffffffff".parse().unwrap();
         let constraints = Constraints { usable: RangeSet::from(usable), granule: 0x1000 };
         let group = ReplayGroup::new(VhostMapper::new(kernel.clone(), constraints), vec![ENDPOINT]);
@@ -77,6 +77,12 @@ fn a_device_that_does_not_ask_is_told_of_every_mapping() {
     assert_eq!(machine.send(&[2, 2, ENDPOINT.0, 0, 0]), OK);
     assert_eq!(machine.map(0x5000, 0x2000, 1), 6, "the domain is gone with its last endpoint");
     assert_eq!(machine.kernel.entries(), []);
+}
+
+#[test]
+fn a_device_that_has_nothing_mapped_is_not_asked_to_forget() {
+    let mapper = VhostMapper::new(Kernel::vdpa(), Constraints { usable: RangeSet::new(), granule: 0x1000 });
+    assert_eq!(mapper.unmap(IovaRange::ALL).unwrap(), 0);
 }
 
 #[test]
