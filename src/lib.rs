@@ -55,14 +55,14 @@
 //! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | |
 //! | [`range`], [`id`], [`access`], [`causes`] | ranges of addresses, names of things, permissions, errors as text | |
 //! | [`reserved`] | what a guest must not map, and why | |
-//! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, and a model for tests | `iommufd`, `type1`, `test-utils` |
-//! | [`translate`] | translation in software, for devices that are emulated in this process | `translate` |
+//! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, vhost-vdpa, and a model for tests | `iommufd`, `type1`, `vhost`, `test-utils` |
+//! | [`translate`] | translation in software, for devices that are emulated in this process or are in the host's kernel | `translate`, `vhost` |
 //! | [`memory`] | guest memory as the host needs it | |
 //! | [`fd`] | files passed in | `iommufd`, `type1`, `vhost` |
 //! | [`queue`] | virtqueues | `queue` |
 //! | [`embed`] | the device behind a VMM's transport and event loop | `embed`, `event-manager` |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
-//! | [`vhost_user`] | the daemon | `daemon` |
+//! | [`vhost_user`] | the device behind a vhost-user connection; the daemon | `vhost-user`; `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
 //! # Threats
