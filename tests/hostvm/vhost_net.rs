@@ -215,7 +215,7 @@ impl Vmm {
 
     fn fault(&mut self) -> Fault {
         let mut fault = None;
-        eventually("a fault event", || {
+        eventually("fault event", || {
             fault = self.device.take_fault();
             fault.is_some()
         });
