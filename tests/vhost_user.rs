@@ -55,15 +55,7 @@ impl Bench {
         let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
         let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop }).unwrap());
 
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
-        let mut daemon = backend.daemon("test").unwrap();
-        let daemon = std::thread::spawn(move || {
-            daemon.start(&mut listener).unwrap();
-            let _ = daemon.wait();
-        });
-        let machine = Machine::connect(&path, guest_memory(MEMORY_SIZE));
+        let (daemon, machine) = serve(&backend);
         Self { host, backend, machine: Some(machine), daemon }
     }
 
@@ -93,6 +85,19 @@ impl Bench {
         assert_eq!(self.host.attachment(ID), Attachment::Blocked);
         assert_eq!(self.host.table_count(), 0);
     }
+}
+
+/// Serves a backend to a front end that is connected.
+fn serve(backend: &Arc<IommuBackend>) -> (JoinHandle<()>, Machine) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
+    let mut daemon = backend.daemon("test").unwrap();
+    let daemon = std::thread::spawn(move || {
+        daemon.start(&mut listener).unwrap();
+        let _ = daemon.wait();
+    });
+    (daemon, Machine::connect(&path, guest_memory(MEMORY_SIZE)))
 }
 
 #[test]
@@ -368,15 +373,7 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
     let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep }).unwrap());
     group.on_refused(backend.waker());
 
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("socket");
-    let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
-    let mut daemon = backend.daemon("test").unwrap();
-    let daemon = std::thread::spawn(move || {
-        daemon.start(&mut listener).unwrap();
-        let _ = daemon.wait();
-    });
-    let mut machine = Machine::connect(&path, guest_memory(MEMORY_SIZE));
+    let (daemon, mut machine) = serve(&backend);
     machine.start();
     machine.start_event_ring();
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
