@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
@@ -17,7 +17,7 @@ use crate::range::{IovaRange, RangeSet};
 
 mod leaf;
 
-use leaf::Leaf;
+use leaf::{Insertion, Leaf};
 
 /// The smallest page that mappings can be made of, in bytes.
 pub(crate) const SMALLEST_PAGE: u64 = 1 << 12;
@@ -55,9 +55,18 @@ pub(crate) struct WouldSplit;
 /// Mappings, disjoint and ordered.
 #[derive(Debug, Default)]
 pub(crate) struct MappingTable {
-    /// None of them is empty, and each is under a key that no first address in it is below and every one in the leaves before is.
-    leaves: BTreeMap<u64, Box<Leaf>>,
+    /// In order. They are few (a million mappings are in 16 to 64 thousand of them) and seldom come and go, so moving what is
+    /// behind one costs less than a tree above them.
+    leaves: Vec<Entry>,
     count: usize,
+}
+
+/// A leaf, which is not empty.
+#[derive(Debug)]
+struct Entry {
+    /// No first address in the leaf is below, and every one in the leaves before is.
+    from: u64,
+    leaf: Box<Leaf>,
 }
 
 impl MappingTable {
@@ -70,13 +79,19 @@ impl MappingTable {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Mapping> {
-        self.leaves.values().flat_map(|leaf| leaf.iter())
+        self.leaves.iter().flat_map(|entry| entry.leaf.iter())
+    }
+
+    /// How many leaves can have a mapping that starts at this address or before.
+    fn leaves_up_to(&self, address: u64) -> usize {
+        self.leaves.partition_point(|entry| entry.from <= address)
     }
 
     /// The last mapping that starts at this address or before.
     pub fn last_from(&self, address: u64) -> Option<Mapping> {
-        // The leaf under the last key may start further on.
-        self.leaves.range(..=address).rev().find_map(|(_, leaf)| leaf.last_from(address))
+        // The last of these leaves may start further on.
+        let leaves = self.leaves.get(..self.leaves_up_to(address))?;
+        leaves.iter().rev().find_map(|entry| entry.leaf.last_from(address))
     }
 
     /// The mapping that an address is in.
@@ -95,37 +110,33 @@ impl MappingTable {
         ranges.ranges().iter().copied().find(|range| self.overlapping(*range).is_some())
     }
 
-    /// Adds a mapping, or lets one grow that starts there; no other one may overlap it.
-    pub fn insert(&mut self, mapping: Mapping) {
+    /// Adds a mapping, or lets one grow that starts there; no other one may overlap it. Whether there is one more.
+    pub fn insert(&mut self, mapping: Mapping) -> bool {
         let start = mapping.iova.start();
-        let Some(key) = self.leaves.range(..=start).next_back().map(|(key, _)| *key) else {
-            return self.insert_first(mapping);
+        let place = self.leaves_up_to(start).saturating_sub(1);
+        let Some(entry) = self.leaves.get_mut(place) else {
+            self.leaves.push(Entry { from: start, leaf: Box::default() });
+            return self.insert(mapping);
         };
-        let Some(leaf) = self.leaves.get_mut(&key) else { return };
-        if leaf.replace(mapping) {
-            return;
+        entry.from = entry.from.min(start);
+        match entry.leaf.insert(mapping) {
+            Insertion::Replaced => return false,
+            Insertion::Added => (),
+            Insertion::NoRoom => {
+                let mut upper = entry.leaf.split_off(start);
+                let into = if upper.first().is_none_or(|first| first <= start) { &mut upper } else { &mut entry.leaf };
+                into.insert(mapping);
+                let from = upper.first().unwrap_or(start);
+                self.leaves.insert(place + 1, Entry { from, leaf: upper });
+            }
         }
         self.count += 1;
-        if leaf.insert(mapping) {
-            return;
-        }
-        let mut upper = leaf.split_off(start);
-        let into = if upper.first().is_none_or(|first| first <= start) { &mut upper } else { leaf };
-        into.insert(mapping);
-        if let Some(first) = upper.first() {
-            self.leaves.insert(first, upper);
-        }
+        true
     }
 
-    /// Adds a mapping that comes before all others.
-    fn insert_first(&mut self, mapping: Mapping) {
-        self.count += 1;
-        let mut leaf = match self.leaves.first_entry() {
-            Some(entry) if !entry.get().is_full() => entry.remove(),
-            _ => Box::default(),
-        };
-        leaf.insert(mapping);
-        self.leaves.insert(mapping.iova.start(), leaf);
+    /// The leaves in which mappings may start that start in a range.
+    fn leaves_for(&self, iova: IovaRange) -> Range<usize> {
+        self.leaves_up_to(iova.start()).saturating_sub(1)..self.leaves_up_to(iova.last())
     }
 
     /// The mappings in a range, ascending.
@@ -138,57 +149,47 @@ impl MappingTable {
         if ends.into_iter().flatten().any(|mapping| !iova.covers(mapping.iova)) {
             return Err(WouldSplit);
         }
-        let before = self.leaves.range(..iova.start()).next_back().into_iter();
-        let leaves = before.chain(self.leaves.range(iova.start()..=iova.last()));
-        Ok(leaves.flat_map(move |(_, leaf)| leaf.starting_in(iova)))
+        let leaves = self.leaves.get(self.leaves_for(iova)).unwrap_or_default();
+        Ok(leaves.iter().flat_map(move |entry| entry.leaf.starting_in(iova)))
     }
 
-    /// Removes every mapping that starts in a range.
-    pub fn remove(&mut self, iova: IovaRange) {
-        let mut edges = [None, None];
-        let before = self.leaves.range(..iova.start()).next_back().map(|(key, _)| *key);
-        if let Some(key) = before {
-            self.remove_in_leaf(key, iova);
-            edges[0] = Some(key);
-        }
-        while let Some(key) = self.leaves.range(iova.start()..=iova.last()).next().map(|(key, _)| *key) {
-            if !self.remove_in_leaf(key, iova) {
-                // The last one, with mappings behind the range.
-                edges[1] = Some(key);
-                break;
+    /// Removes every mapping that starts in a range; how many.
+    pub fn remove(&mut self, iova: IovaRange) -> usize {
+        let before = self.count;
+        let places = self.leaves_for(iova);
+        let (first, end) = (places.start, places.end);
+        for place in [Some(first), end.checked_sub(1).filter(|last| *last > first)].into_iter().flatten() {
+            if let Some(entry) = self.leaves.get_mut(place) {
+                self.count -= entry.leaf.remove_starting_in(iova);
             }
         }
-        for key in edges.into_iter().flatten() {
-            self.join(key);
+        // Those in between are gone with all they have, those at the edges if nothing is left.
+        let is_empty = |place: usize| self.leaves.get(place).is_some_and(|entry| entry.leaf.is_empty());
+        let gone = if is_empty(first) { first } else { first + 1 };
+        let kept = if end > first && is_empty(end - 1) { end } else { end.saturating_sub(1).max(gone) };
+        if gone < kept {
+            self.count -= self.leaves.drain(gone..kept).map(|entry| entry.leaf.len()).sum::<usize>();
         }
-    }
-
-    /// Removes every mapping in a leaf that starts in a range; whether that was all, and the leaf is gone.
-    fn remove_in_leaf(&mut self, key: u64, iova: IovaRange) -> bool {
-        let Some(leaf) = self.leaves.get_mut(&key) else {
-            return true;
-        };
-        self.count -= leaf.remove_starting_in(iova);
-        let gone = leaf.is_empty();
-        if gone {
-            self.leaves.remove(&key);
+        self.join(gone);
+        self.join(first);
+        if self.leaves.len() < self.leaves.capacity() / 4 {
+            self.leaves.shrink_to(self.leaves.len() * 2);
         }
-        gone
+        before - self.count
     }
 
     /// If a leaf is nearly empty, joins it with the next one or the one before, so that memory follows the number of mappings.
-    fn join(&mut self, key: u64) {
-        if self.leaves.get(&key).is_none_or(|leaf| !leaf.is_sparse()) {
+    fn join(&mut self, place: usize) {
+        if self.leaves.get(place).is_none_or(|entry| !entry.leaf.is_sparse()) {
             return;
         }
-        let next = self.leaves.range(key..).nth(1).map(|(next, _)| (key, *next));
-        let before = self.leaves.range(..key).next_back().map(|(before, _)| (*before, key));
-        for (low, high) in next.into_iter().chain(before) {
-            let Some(upper) = self.leaves.remove(&high) else { continue };
-            let Some(leaf) = self.leaves.get_mut(&low) else { continue };
-            match leaf.append(upper) {
-                None => return,
-                Some(upper) => _ = self.leaves.insert(high, upper),
+        let before = place.checked_sub(1);
+        for low in [Some(place), before].into_iter().flatten() {
+            if let Some([lower, upper]) = self.leaves.get_mut(low..).and_then(<[_]>::first_chunk_mut)
+                && lower.leaf.append(&upper.leaf)
+            {
+                self.leaves.remove(low + 1);
+                return;
             }
         }
     }
@@ -196,14 +197,14 @@ impl MappingTable {
     /// How many bytes all this takes, without what the allocator adds.
     #[cfg(test)]
     pub fn bytes(&self) -> usize {
-        // A node of the tree holds 11 keys and values in 272 bytes, and is at least half full; sorted insertion leaves just that.
-        let per_leaf = size_of::<Leaf>() + 272usize.div_ceil(6);
-        self.leaves.len() * per_leaf
+        self.leaves.len() * size_of::<Leaf>() + self.leaves.capacity() * size_of::<Entry>()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
 
     use super::*;

@@ -7,22 +7,19 @@
 
 #![forbid(unsafe_code)]
 
-use std::num::Wrapping;
-use std::sync::atomic::Ordering;
-
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use vm_memory::{GuestMemory, GuestMemoryError};
 
 use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 
 mod chain;
+mod part;
+mod ring;
 #[cfg(test)]
 mod tests;
 
 use chain::Chain;
-
-/// The flag in an available ring that asks for no interrupts (2.7.6).
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
+use ring::Ring;
 
 /// What a batch of buffers came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,12 +43,20 @@ pub enum QueueError {
         /// The size of the queue.
         size: u16,
     },
-    /// An available buffer cannot be taken.
-    #[error("the next available buffer cannot be read")]
-    Unreadable,
+    /// An available buffer starts with a descriptor that is not in the table.
+    #[error("the driver made descriptor {head} available in a queue of {size}")]
+    OutsideTable {
+        /// The descriptor.
+        head: u16,
+        /// The size of the queue.
+        size: u16,
+    },
+    /// The queue has not been set up.
+    #[error("the queue is not ready")]
+    NotReady,
     /// The rings are not in guest memory.
     #[error("a ring cannot be accessed")]
-    Ring(#[from] virtio_queue::Error),
+    Ring(#[from] GuestMemoryError),
 }
 
 /// The request queue's device side: the request that is under way, if any.
@@ -75,30 +80,37 @@ impl Requests {
         memory: &M,
         budget: usize,
     ) -> Result<Batch, QueueError> {
+        let (batch, notify) = Ring::for_batch(queue, memory, |ring| self.serve(device, ring, budget))?;
+        Ok(Batch { notify, ..batch })
+    }
+
+    fn serve<M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        ring: &mut Ring<'_, M>,
+        budget: usize,
+    ) -> Result<Batch, QueueError> {
         let mut batch = Batch::default();
         let mut rounds = 0;
-        queue.disable_notification(memory)?;
-        'kicks: loop {
+        ring.disable_kicks()?;
+        loop {
             // A driver that moves its index to and fro gets as many rounds as one that sends requests.
             rounds += 1;
-            while self.unfinished.is_some() || available(queue, memory)? > 0 {
-                if batch.handled == budget || rounds > budget {
+            while self.unfinished.is_some() || ring.available()? > 0 {
+                if batch.handled == budget || rounds > budget || !self.step(device, ring)? {
                     batch.more = true;
-                    break 'kicks;
-                }
-                if !self.step(device, queue, memory)? {
-                    batch.more = true;
-                    break 'kicks;
+                    return Ok(batch);
                 }
                 batch.handled += 1;
             }
-            if !queue.enable_notification(memory)? {
-                break;
+            // The driver may be waiting for these before it sends more.
+            ring.publish()?;
+            ring.enable_kicks()?;
+            if ring.available()? == 0 {
+                return Ok(batch);
             }
-            queue.disable_notification(memory)?;
+            ring.disable_kicks()?;
         }
-        batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
-        Ok(batch)
     }
 
     /// Completes the request that is under way, if any, before the queue stops. Whether the driver is to be notified.
@@ -115,8 +127,11 @@ impl Requests {
         if self.unfinished.is_none() {
             return Ok(false);
         }
-        while !self.step(device, queue, memory)? {}
-        wants_notification(queue, memory)
+        let complete = |ring: &mut Ring<'_, M>| {
+            while !self.step(device, ring)? {}
+            Ok(())
+        };
+        Ok(Ring::for_batch(queue, memory, complete)?.1)
     }
 
     /// Forgets the request that is under way: the driver reset the device and does not wait for it any more.
@@ -125,19 +140,17 @@ impl Requests {
     }
 
     /// Takes a step of the request that is under way, or of the next one; whether it was returned.
-    fn step<Q: QueueT, M: GuestMemory>(
-        &mut self,
-        device: &mut VirtioIommu,
-        queue: &mut Q,
-        memory: &M,
-    ) -> Result<bool, QueueError> {
+    fn step<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &mut Ring<'_, M>) -> Result<bool, QueueError> {
         let (head, progress) = match self.unfinished.take() {
             Some((head, map)) => (head, self.chain.go_on(device, map)),
-            None => (self.chain.take(queue, memory)?, self.chain.begin(device, memory)),
+            None => {
+                let head = ring.take()?;
+                (head, self.chain.begin(device, ring, head))
+            }
         };
         match progress {
             Progress::Answered { used } => {
-                queue.add_used(memory, head, self.chain.reply(memory, used))?;
+                ring.put(head, self.chain.reply(ring.memory(), used))?;
                 Ok(true)
             }
             Progress::Unfinished(map) => {
@@ -162,10 +175,19 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
     memory: &M,
     budget: usize,
 ) -> Result<Batch, QueueError> {
+    let (batch, notify) = Ring::for_batch(queue, memory, |ring| serve_faults(device, ring, budget))?;
+    Ok(Batch { notify, ..batch })
+}
+
+fn serve_faults<M: GuestMemory>(
+    device: &mut VirtioIommu,
+    ring: &mut Ring<'_, M>,
+    budget: usize,
+) -> Result<Batch, QueueError> {
     let mut batch = Batch::default();
     let mut chain = Chain::default();
     while let Some(fault) = device.first_fault().copied() {
-        if available(queue, memory)? == 0 {
+        if ring.available()? == 0 {
             break;
         }
         if batch.handled == budget {
@@ -173,39 +195,16 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
             break;
         }
         let event = fault.to_bytes();
-        let head = chain.take(queue, memory)?;
+        let head = ring.take()?;
         // 5.13.6.9.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
         // describe it." One that is too small, or not in guest memory, goes back unwritten, and the event waits for the next.
-        let fits = chain.writable_length().is_some_and(|length| length >= event.len());
-        let used = if fits { chain.write(memory, &event).unwrap_or(0) } else { 0 };
+        let fits = chain.read(ring, head).is_ok() && chain.room() >= event.len();
+        let used = if fits { chain.write(ring.memory(), &event).unwrap_or(0) } else { 0 };
         if used != 0 {
             device.take_fault();
         }
-        queue.add_used(memory, head, used)?;
+        ring.put(head, used)?;
         batch.handled += 1;
     }
-    batch.notify = batch.handled > 0 && wants_notification(queue, memory)?;
     Ok(batch)
-}
-
-/// How many buffers the driver has made available that were not taken.
-fn available<Q: QueueT, M: GuestMemory>(queue: &Q, memory: &M) -> Result<u16, QueueError> {
-    let available = (queue.avail_idx(memory, Ordering::Acquire)? - Wrapping(queue.next_avail())).0;
-    let size = queue.size();
-    // 2.7.13.3: an index that runs ahead of the queue's size means nothing.
-    if available > size {
-        return Err(QueueError::TooManyAvailable { available, size });
-    }
-    Ok(available)
-}
-
-fn wants_notification<Q: QueueT, M: GuestMemory>(queue: &mut Q, memory: &M) -> Result<bool, QueueError> {
-    // The queue counts what it returned since it was last asked.
-    let wanted = queue.needs_notification(memory)?;
-    if queue.event_idx_enabled() {
-        return Ok(wanted);
-    }
-    let flags: u16 =
-        memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
-    Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
 }

@@ -3,7 +3,7 @@
 //! ATTACH and DETACH. Where a host group is in consequence is `group.rs`'s.
 
 use super::VirtioIommu;
-use super::domain::Domain;
+use super::domain::{Domain, DomainKind};
 use super::group::Agreement;
 use crate::id::{DomainId, EndpointId};
 use crate::request::Status;
@@ -136,8 +136,10 @@ impl VirtioIommu {
     fn drop_domain_if_empty(&mut self, domain: DomainId) {
         // 5.13.6.4: "After all endpoints have been successfully detached from a domain, it ceases to exist and its ID can
         // be reused by the driver for another domain."
-        if self.domains.get(&domain).is_some_and(|domain| domain.endpoints.is_empty()) {
-            self.domains.remove(&domain);
+        if self.domains.get(&domain).is_some_and(|domain| domain.endpoints.is_empty())
+            && let Some(DomainKind::Mapped(space)) = self.domains.remove(&domain).map(|domain| domain.kind)
+        {
+            self.mappings_in_all -= space.mappings.len();
         }
     }
 
@@ -147,5 +149,6 @@ impl VirtioIommu {
             endpoint.domain = None;
         }
         self.domains.clear();
+        self.mappings_in_all = 0;
     }
 }

@@ -66,6 +66,16 @@ impl Domain {
 }
 
 impl AddressSpace {
+    /// The tables that a host translates by.
+    pub fn host_tables(&self) -> impl Iterator<Item = &dyn IoPageTable> {
+        self.tables.iter().map(AsRef::as_ref).filter(|table: &&dyn IoPageTable| !table.in_software())
+    }
+
+    /// Whether a host translates by any table of it.
+    pub fn has_host_table(&self) -> bool {
+        self.host_tables().next().is_some()
+    }
+
     /// A table that the group can use: one that is there, or a new one with the same mappings.
     pub fn table_for(&mut self, host: &dyn HostGroup, ram: &GuestRam) -> Result<Arc<dyn IoPageTable>, HostError> {
         if let Some(table) = self.tables.iter().find(|table| host.can_share(table.as_ref())) {

@@ -8,7 +8,7 @@
 
 use vm_memory::GuestAddress;
 
-use super::domain::Domain;
+use super::domain::{AddressSpace, Domain};
 use super::group::Agreement;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
@@ -56,7 +56,7 @@ impl VirtioIommu {
         access: Access,
     ) -> Result<Option<UnfinishedMap>, Status> {
         self.recover_if_empty(domain);
-        self.check_map(domain, iova, physical)?;
+        let has_host_table = self.check_map(domain, iova, physical)?.has_host_table();
         let whole = Mapping { iova, physical: GuestAddress(physical), access };
         // 5.13.6.5: "the range defined by phys_start and phys_end should be within the guest-physical address space".
         // No status is named for one that is not; this one says that an address cannot be reached.
@@ -64,7 +64,11 @@ impl VirtioIommu {
         if !self.ram.covers(whole.physical, length) {
             return Err(Status::Fault);
         }
-        self.map_step(UnfinishedMap { domain, whole, done: None })
+        if has_host_table {
+            return self.map_step(UnfinishedMap { domain, whole, done: None });
+        }
+        self.keep_mapping(domain, whole);
+        Ok(None)
     }
 
     /// One more step of a MAP; what is left of it. If there is an error, nothing of it stays mapped.
@@ -107,13 +111,19 @@ impl VirtioIommu {
             return Err(self.map_failed(domain, whole.iova, whole.access, &failure));
         }
         let done = IovaRange::new(whole.iova.start(), last).ok_or(Status::DeviceError)?;
-        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
-            space.mappings.insert(Mapping { iova: done, ..whole });
-        }
+        self.keep_mapping(domain, Mapping { iova: done, ..whole });
         Ok(done)
     }
 
-    pub(super) fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<(), Status> {
+    /// Takes a mapping into a domain's table, or lets it grow.
+    pub(super) fn keep_mapping(&mut self, domain: DomainId, mapping: Mapping) {
+        if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
+            self.mappings_in_all += usize::from(space.mappings.insert(mapping));
+        }
+    }
+
+    /// Whether a domain can take a mapping; where to.
+    pub(super) fn check_map(&self, id: DomainId, iova: IovaRange, physical: u64) -> Result<&AddressSpace, Status> {
         let domain = self.find_domain(id)?;
         // 5.13.6.5.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
         // VIRTIO_IOMMU_S_INVAL."
@@ -141,33 +151,18 @@ impl VirtioIommu {
         if space.poisoned {
             return Err(Status::DeviceError);
         }
-        let in_all: usize = self.domains.values().filter_map(Domain::space).map(|space| space.mappings.len()).sum();
-        if space.mappings.len() >= self.settings.max_mappings || in_all >= self.settings.max_mappings_in_all {
+        let settings = &self.settings;
+        if space.mappings.len() >= settings.max_mappings || self.mappings_in_all >= settings.max_mappings_in_all {
             return Err(Status::NoMemory);
         }
-        Ok(())
+        Ok(space)
     }
 
     pub(super) fn unmap(&mut self, domain: DomainId, iova: IovaRange) -> Result<(), Status> {
-        // 5.13.6.6.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
-        // VIRTIO_IOMMU_S_INVAL."
-        let space = self.find_domain(domain)?.space().ok_or(Status::Invalid)?;
-        // 5.13.6.6.2: if "the UNMAP request would split the mapping, then the device SHOULD set the request status to
-        // VIRTIO_IOMMU_S_RANGE, and SHOULD NOT remove any mapping".
-        let covered = space.mappings.covered(iova).map_err(|WouldSplit| Status::Range)?;
-        // 5.13.6.6.2: "If part of the range or the full range is not covered by an existing mapping, then the device
-        // SHOULD remove all mappings affected by the range and set the request status to VIRTIO_IOMMU_S_OK."
-        // One call to the host removes them all: whatever lies between the first and the last is not mapped.
-        let mut on_host: Option<(IovaRange, u128)> = None;
-        for mapping in covered {
-            if let Some(bytes) = mapping.bytes_on_host(&self.ram) {
-                let (start, before) = on_host.map_or((mapping.iova.start(), 0), |(hull, sum)| (hull.start(), sum));
-                on_host = IovaRange::new(start, mapping.iova.last()).map(|hull| (hull, before + u128::from(bytes)));
-            }
-        }
+        let on_host = self.check_unmap(domain, iova)?;
         let failure = on_host.and_then(|(hull, bytes)| self.unmap_on_host(domain, hull, bytes).err());
         if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
-            space.mappings.remove(iova);
+            self.mappings_in_all -= space.mappings.remove(iova);
         }
         match failure {
             Some(error) if !self.bring_back_in_step(domain, &error) => Err(Status::DeviceError),
@@ -176,6 +171,29 @@ impl VirtioIommu {
                 Ok(())
             }
         }
+    }
+
+    /// Whether a range can be unmapped. What there is to remove from the host: the range from its first mapping to its last, and
+    /// how many bytes of that are mapped. One call removes them all, as whatever lies in between is not mapped.
+    fn check_unmap(&self, domain: DomainId, iova: IovaRange) -> Result<Option<(IovaRange, u128)>, Status> {
+        // 5.13.6.6.2: "If the domain is a bypass domain, the device SHOULD reject the request and set status to
+        // VIRTIO_IOMMU_S_INVAL."
+        let space = self.find_domain(domain)?.space().ok_or(Status::Invalid)?;
+        // 5.13.6.6.2: if "the UNMAP request would split the mapping, then the device SHOULD set the request status to
+        // VIRTIO_IOMMU_S_RANGE, and SHOULD NOT remove any mapping".
+        let covered = space.mappings.covered(iova).map_err(|WouldSplit| Status::Range)?;
+        // 5.13.6.6.2: "If part of the range or the full range is not covered by an existing mapping, then the device
+        // SHOULD remove all mappings affected by the range and set the request status to VIRTIO_IOMMU_S_OK."
+        let mut on_host: Option<(IovaRange, u128)> = None;
+        if space.has_host_table() {
+            for mapping in covered {
+                if let Some(bytes) = mapping.bytes_on_host(&self.ram) {
+                    let (start, before) = on_host.map_or((mapping.iova.start(), 0), |(hull, sum)| (hull.start(), sum));
+                    on_host = IovaRange::new(start, mapping.iova.last()).map(|hull| (hull, before + u128::from(bytes)));
+                }
+            }
+        }
+        Ok(on_host)
     }
 
     /// A domain that could not be brought back in step, and has no mapping any more, starts afresh.
@@ -230,8 +248,7 @@ impl VirtioIommu {
 
     /// The tables of a domain that a host translates by.
     pub(super) fn host_tables(&self, domain: DomainId) -> impl Iterator<Item = &dyn IoPageTable> {
-        let tables = self.domains.get(&domain).and_then(Domain::space).map(|space| &space.tables);
-        tables.into_iter().flatten().map(AsRef::as_ref).filter(|table: &&dyn IoPageTable| !table.in_software())
+        self.domains.get(&domain).and_then(Domain::space).into_iter().flat_map(AddressSpace::host_tables)
     }
 
     /// Tells guest and operator of a MAP that the host refused.

@@ -173,6 +173,8 @@ pub struct VirtioIommu {
     endpoints: BTreeMap<EndpointId, Endpoint>,
     groups: Vec<Group>,
     domains: BTreeMap<DomainId, Domain>,
+    /// How many mappings the domains have together.
+    mappings_in_all: usize,
     /// Tables in which guest memory is mapped to itself.
     identity_tables: Vec<Arc<dyn IoPageTable>>,
     /// Nothing is attached any more, whatever comes.
@@ -209,6 +211,7 @@ impl VirtioIommu {
             endpoints,
             groups,
             domains: BTreeMap::new(),
+            mappings_in_all: 0,
             identity_tables: Vec::new(),
             ended: false,
             faults: FaultQueue::default(),

@@ -185,6 +185,7 @@ impl VirtioIommu {
             endpoints: endpoints.collect(),
             groups: groups.collect(),
             domains: BTreeMap::new(),
+            mappings_in_all: 0,
             identity_tables: Vec::new(),
             ended: false,
             faults: super::FaultQueue::default(),
@@ -259,9 +260,7 @@ impl VirtioIommu {
             // Its memory had left before it was saved, and may come back.
             self.check_map(domain, iova, physical)?;
             physical.checked_add(length - 1).ok_or(Status::Range)?;
-            if let Some(space) = self.domains.get_mut(&domain).and_then(Domain::space_mut) {
-                space.mappings.insert(Mapping { iova, physical: GuestAddress(physical), access });
-            }
+            self.keep_mapping(domain, Mapping { iova, physical: GuestAddress(physical), access });
             return Ok(());
         }
         let mut left = self.map(domain, iova, physical, access)?;

@@ -24,6 +24,17 @@ pub(super) struct Leaf {
     targets: [u64; CAPACITY],
 }
 
+/// What came of a mapping that was to be inserted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Insertion {
+    /// There is one more.
+    Added,
+    /// It took the place of one that starts where it does.
+    Replaced,
+    /// The leaf is full.
+    NoRoom,
+}
+
 impl Default for Leaf {
     fn default() -> Self {
         Self { count: 0, starts: [0; CAPACITY], lasts: [0; CAPACITY], targets: [0; CAPACITY] }
@@ -39,8 +50,12 @@ impl Leaf {
         self.count == 0
     }
 
-    pub const fn is_full(&self) -> bool {
+    const fn is_full(&self) -> bool {
         self.count == CAPACITY
+    }
+
+    pub const fn len(&self) -> usize {
+        self.count
     }
 
     pub const fn is_sparse(&self) -> bool {
@@ -66,27 +81,23 @@ impl Leaf {
         self.get(self.place_after(address).checked_sub(1)?)
     }
 
-    /// Puts a mapping in the place of one that starts where it does; whether there is one.
-    pub fn replace(&mut self, mapping: Mapping) -> bool {
-        let Ok(place) = self.starts().binary_search(&mapping.iova.start()) else {
-            return false;
-        };
-        self.set(place, mapping);
-        true
-    }
-
-    /// Adds a mapping, if there is room for it.
-    pub fn insert(&mut self, mapping: Mapping) -> bool {
-        if self.is_full() {
-            return false;
+    /// Adds a mapping, if there is room for it, or puts it in the place of one that starts where it does.
+    pub fn insert(&mut self, mapping: Mapping) -> Insertion {
+        let start = mapping.iova.start();
+        let place = self.place_after(start);
+        if let Some(before) = place.checked_sub(1).filter(|before| self.starts[*before] == start) {
+            self.set(before, mapping);
+            return Insertion::Replaced;
         }
-        let place = self.place_after(mapping.iova.start());
+        if self.is_full() {
+            return Insertion::NoRoom;
+        }
         for array in [&mut self.starts, &mut self.lasts, &mut self.targets] {
             array.copy_within(place..self.count, place + 1);
         }
-        self.set(place, mapping);
         self.count += 1;
-        true
+        self.set(place, mapping);
+        Insertion::Added
     }
 
     /// Makes room for a mapping that starts here: takes the upper half off, or nothing if it comes after all others, so that
@@ -99,14 +110,14 @@ impl Leaf {
         upper
     }
 
-    /// Adds the mappings of the next leaf; if there is no room for them, it is given back.
-    pub fn append(&mut self, next: Box<Self>) -> Option<Box<Self>> {
+    /// Adds the mappings of the next leaf, if there is room for them.
+    pub fn append(&mut self, next: &Self) -> bool {
         // Some room is left: a leaf that is split and joined in turn costs.
-        if self.count + next.count > CAPACITY * 3 / 4 {
-            return Some(next);
+        let fits = self.count + next.count <= CAPACITY * 3 / 4;
+        if fits {
+            self.take(next, 0..next.count);
         }
-        self.take(&next, 0..next.count);
-        None
+        fits
     }
 
     /// Removes the mappings that start in a range; how many.

@@ -2,10 +2,13 @@
 
 //! Descriptor chains.
 
-use virtio_queue::{DescriptorChain, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use std::mem;
 
-use super::QueueError;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
+
+use super::part::Part;
+use super::ring::Ring;
 use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 use crate::request::LARGEST_REPLY;
 use crate::spec;
@@ -13,14 +16,22 @@ use crate::spec;
 /// How many descriptors a chain may have. A request of one byte to a descriptor fits; an indirect table of 65535 empty ones
 /// is returned unwritten.
 const MOST_DESCRIPTORS: usize = 256;
+/// `struct virtq_desc`.
+const DESCRIPTOR_SIZE: usize = 16;
 
-/// One descriptor chain: its buffers, walked once. Reused from chain to chain.
-#[derive(Debug, Default)]
+/// One descriptor chain: walked once, its device-readable part read once. Reused from chain to chain.
+#[derive(Debug)]
 pub(super) struct Chain {
-    readable: Vec<Buffer>,
+    /// As much of the device-readable part as any request has.
+    request: [u8; spec::LARGEST_REQUEST],
+    /// How much of it there is.
+    readable: usize,
     writable: Vec<Buffer>,
-    /// It has more descriptors than any request.
-    too_long: bool,
+    /// How many bytes can be written.
+    room: usize,
+    /// How many bytes the chain has in all.
+    length: u32,
+    descriptors: usize,
     reply: Vec<u8>,
 }
 
@@ -31,36 +42,73 @@ struct Buffer {
     length: usize,
 }
 
+/// A chain that breaks the rules, is not in guest memory, or is more than any request needs: it is returned unwritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+impl Default for Chain {
+    fn default() -> Self {
+        let request = [0; spec::LARGEST_REQUEST];
+        Self { request, readable: 0, writable: Vec::new(), room: 0, length: 0, descriptors: 0, reply: Vec::new() }
+    }
+}
+
 impl Chain {
-    /// Takes the next available chain and notes its buffers; its head.
-    pub fn take<Q: QueueT, M: GuestMemory>(&mut self, queue: &mut Q, memory: &M) -> Result<u16, QueueError> {
-        let chain: DescriptorChain<&M> = queue.pop_descriptor_chain(memory).ok_or(QueueError::Unreadable)?;
-        let head = chain.head_index();
-        self.readable.clear();
+    /// Walks the chain that starts with this descriptor.
+    pub fn read<M: GuestMemory>(&mut self, ring: &Ring<'_, M>, head: u16) -> Result<(), Malformed> {
         self.writable.clear();
-        self.too_long = false;
-        for descriptor in chain {
-            if self.readable.len() + self.writable.len() == MOST_DESCRIPTORS {
-                self.too_long = true;
-                break;
+        (self.readable, self.room, self.length, self.descriptors) = (0, 0, 0, 0);
+        let mut indirect = None;
+        let mut descriptor = ring.table().descriptor(head)?;
+        loop {
+            if descriptor.refers_to_indirect_table() {
+                // 2.7.5.3.1: no table refers to another.
+                if indirect.is_some() {
+                    return Err(Malformed);
+                }
+                descriptor = indirect.insert(Table::indirect(ring.memory(), &descriptor)?).descriptor(0)?;
+                continue;
             }
-            let buffer = Buffer { start: descriptor.addr(), length: descriptor.len() as usize };
-            let part = if descriptor.is_write_only() { &mut self.writable } else { &mut self.readable };
-            part.push(buffer);
+            self.add(ring.memory(), &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            descriptor = indirect.as_ref().unwrap_or(ring.table()).descriptor(descriptor.next())?;
         }
-        Ok(head)
     }
 
-    /// Begins the request in it. Every byte of the request is read once.
-    pub fn begin<M: GuestMemory>(&mut self, device: &mut VirtioIommu, memory: &M) -> Progress {
-        let mut request = [0; spec::LARGEST_REQUEST];
-        let readable = self.read(memory, &mut request);
-        let (Some(readable), Some(length)) = (readable, self.writable_length()) else {
-            return Progress::Answered { used: 0 };
-        };
-        self.reply.clear();
-        self.reply.resize(length, 0);
-        device.begin(readable, &mut self.reply)
+    /// Adds a descriptor: what the device may read is read, what it may write is noted.
+    fn add<M: GuestMemory>(&mut self, memory: &M, descriptor: &Descriptor) -> Result<(), Malformed> {
+        self.descriptors += 1;
+        // 2.7.5.2: no chain is longer than 2^32 bytes.
+        self.length = self.length.checked_add(descriptor.len()).ok_or(Malformed)?;
+        let (start, length) = (descriptor.addr(), descriptor.len() as usize);
+        if self.descriptors > MOST_DESCRIPTORS {
+            return Err(Malformed);
+        }
+        if descriptor.is_write_only() {
+            self.room += length;
+            self.writable.push(Buffer { start, length });
+            return if self.room <= LARGEST_REPLY { Ok(()) } else { Err(Malformed) };
+        }
+        let free = self.request.get_mut(self.readable..).unwrap_or_default();
+        let taken = free.len().min(length);
+        read(memory, start, free.get_mut(..taken).unwrap_or_default())?;
+        self.readable += taken;
+        Ok(())
+    }
+
+    /// Begins the request in the chain that starts with this descriptor.
+    pub fn begin<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &Ring<'_, M>, head: u16) -> Progress {
+        match self.read(ring, head) {
+            Ok(()) => {
+                self.reply.clear();
+                self.reply.resize(self.room, 0);
+                device.begin(self.request.get(..self.readable).unwrap_or_default(), &mut self.reply)
+            }
+            // Nothing that the device could know.
+            Err(Malformed) => device.begin(&[], &mut []),
+        }
     }
 
     /// Goes on with the request in it.
@@ -73,25 +121,9 @@ impl Chain {
         self.reply.get(..used).and_then(|bytes| self.write(memory, bytes)).unwrap_or(0)
     }
 
-    /// Reads as much of the device-readable part as any request has; `None` if it is not all in guest memory.
-    fn read<'a, M: GuestMemory>(&self, memory: &M, bytes: &'a mut [u8; spec::LARGEST_REQUEST]) -> Option<&'a [u8]> {
-        let mut filled = 0;
-        for buffer in &self.readable {
-            let free = bytes.get_mut(filled..)?;
-            let length = free.len().min(buffer.length);
-            memory.read_slice(free.get_mut(..length)?, buffer.start).ok()?;
-            filled += length;
-        }
-        bytes.get(..filled)
-    }
-
-    /// The length of the device-writable part; `None` if the chain is more than any request needs.
-    pub fn writable_length(&self) -> Option<usize> {
-        let mut length = 0usize;
-        for buffer in &self.writable {
-            length = length.checked_add(buffer.length).filter(|length| *length <= LARGEST_REPLY)?;
-        }
-        (!self.too_long).then_some(length)
+    /// How many bytes can be written.
+    pub const fn room(&self) -> usize {
+        self.room
     }
 
     /// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
@@ -99,9 +131,65 @@ impl Chain {
         let mut left = bytes;
         for buffer in &self.writable {
             let (now, later) = left.split_at(left.len().min(buffer.length));
-            memory.write_slice(now, buffer.start).ok()?;
+            write(memory, buffer.start, now)?;
             left = later;
         }
         u32::try_from(bytes.len() - left.len()).ok()
     }
+}
+
+/// A table of descriptors.
+pub(super) struct Table<'m, M: GuestMemory> {
+    part: Part<'m, M>,
+    count: u16,
+}
+
+impl<'m, M: GuestMemory> Table<'m, M> {
+    /// The table of a queue of this size.
+    pub fn new(memory: &'m M, start: GuestAddress, count: u16) -> Self {
+        let part = Part::new(memory, start, usize::from(count) * DESCRIPTOR_SIZE, Permissions::Read);
+        Self { part, count }
+    }
+
+    /// The table that a descriptor refers to.
+    fn indirect(memory: &'m M, descriptor: &Descriptor) -> Result<Self, Malformed> {
+        let length = descriptor.len() as usize;
+        let count = u16::try_from(length / DESCRIPTOR_SIZE).map_err(|_| Malformed)?;
+        // 2.7.5.3: a table is made of whole descriptors.
+        if length % DESCRIPTOR_SIZE != 0 {
+            return Err(Malformed);
+        }
+        Ok(Self::new(memory, descriptor.addr(), count))
+    }
+
+    fn descriptor(&self, index: u16) -> Result<Descriptor, Malformed> {
+        if index >= self.count {
+            return Err(Malformed);
+        }
+        self.part.read(usize::from(index) * DESCRIPTOR_SIZE).map_err(|_| Malformed)
+    }
+}
+
+/// Reads guest memory. One piece of it, as is usual, costs no more than finding it.
+fn read<M: GuestMemory>(memory: &M, start: GuestAddress, bytes: &mut [u8]) -> Result<(), Malformed> {
+    let mut left = bytes;
+    for slice in memory.get_slices(start, left.len(), Permissions::Read).map_err(|_| Malformed)? {
+        let slice = slice.map_err(|_| Malformed)?;
+        let (now, later) = mem::take(&mut left).split_at_mut_checked(slice.len()).ok_or(Malformed)?;
+        slice.copy_to(now);
+        left = later;
+    }
+    if left.is_empty() { Ok(()) } else { Err(Malformed) }
+}
+
+/// Writes guest memory; `None` if not all of it is there.
+fn write<M: GuestMemory>(memory: &M, start: GuestAddress, bytes: &[u8]) -> Option<()> {
+    let mut left = bytes;
+    for slice in memory.get_slices(start, left.len(), Permissions::Write).ok()? {
+        let slice = slice.ok()?;
+        let (now, later) = left.split_at_checked(slice.len())?;
+        slice.copy_from(now);
+        left = later;
+    }
+    left.is_empty().then_some(())
 }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use virtio_queue::Queue;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::mock::MockSplitQueue;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::ring::AVAIL_F_NO_INTERRUPT;
 use super::*;
 use crate::device::Settings;
 use crate::host::fake::{Failure, FakeHost, Flavour};

@@ -156,6 +156,8 @@ impl Machine {
     /// I1 and I2: the table of each group that is on a domain has exactly what the guest mapped, with exactly those
     /// permissions; a group whose attached members disagree is blocked (I9).
     fn check_invariants(&self) {
+        let spaces = self.device.domains.values().filter_map(Domain::space);
+        assert_eq!(self.device.mappings_in_all, spaces.map(|space| space.mappings.len()).sum::<usize>());
         for members in [&[LONE][..], &[LEFT, RIGHT]] {
             let mut domains: Vec<_> = members.iter().filter_map(|id| self.device.endpoints[id].domain).collect();
             domains.dedup();
