@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vm_memory::GuestAddress;
 
@@ -59,6 +60,8 @@ pub(crate) struct MappingTable {
     /// behind one costs less than a tree above them.
     leaves: Vec<Entry>,
     count: usize,
+    /// Where a search ended last: the next one is likely to end there too. Any value does.
+    recent: AtomicUsize,
 }
 
 /// A leaf, which is not empty.
@@ -82,16 +85,24 @@ impl MappingTable {
         self.leaves.iter().flat_map(|entry| entry.leaf.iter())
     }
 
-    /// How many leaves can have a mapping that starts at this address or before.
-    fn leaves_up_to(&self, address: u64) -> usize {
-        self.leaves.partition_point(|entry| entry.from <= address)
+    /// The last leaf that can have a mapping that starts at this address or before.
+    fn leaf_for(&self, address: u64) -> Option<usize> {
+        let recent = self.recent.load(Ordering::Relaxed);
+        let starts_before = |place: usize| self.leaves.get(place).is_some_and(|entry| entry.from <= address);
+        if starts_before(recent) && !starts_before(recent + 1) {
+            return Some(recent);
+        }
+        let place = self.leaves.partition_point(|entry| entry.from <= address).checked_sub(1)?;
+        self.recent.store(place, Ordering::Relaxed);
+        Some(place)
     }
 
     /// The last mapping that starts at this address or before.
     pub fn last_from(&self, address: u64) -> Option<Mapping> {
-        // The last of these leaves may start further on.
-        let leaves = self.leaves.get(..self.leaves_up_to(address))?;
-        leaves.iter().rev().find_map(|entry| entry.leaf.last_from(address))
+        let place = self.leaf_for(address)?;
+        let found = self.leaves.get(place).and_then(|entry| entry.leaf.last_from(address));
+        // All in this leaf may start further on, and none in the one before does.
+        found.or_else(|| self.leaves.get(place.checked_sub(1)?)?.leaf.last_from(address))
     }
 
     /// The mapping that an address is in.
@@ -113,7 +124,7 @@ impl MappingTable {
     /// Adds a mapping, or lets one grow that starts there; no other one may overlap it. Whether there is one more.
     pub fn insert(&mut self, mapping: Mapping) -> bool {
         let start = mapping.iova.start();
-        let place = self.leaves_up_to(start).saturating_sub(1);
+        let place = self.leaf_for(start).unwrap_or(0);
         let Some(entry) = self.leaves.get_mut(place) else {
             self.leaves.push(Entry { from: start, leaf: Box::default() });
             return self.insert(mapping);
@@ -136,7 +147,7 @@ impl MappingTable {
 
     /// The leaves in which mappings may start that start in a range.
     fn leaves_for(&self, iova: IovaRange) -> Range<usize> {
-        self.leaves_up_to(iova.start()).saturating_sub(1)..self.leaves_up_to(iova.last())
+        self.leaf_for(iova.start()).unwrap_or(0)..self.leaf_for(iova.last()).map_or(0, |last| last + 1)
     }
 
     /// The mappings in a range, ascending.

@@ -57,9 +57,11 @@ impl VirtioIommu {
 
     /// Writes an endpoint into a domain's books, and out of those of the domain that it was in.
     fn join_domain(&mut self, domain: DomainId, id: EndpointId) {
-        let previous = self.endpoints.get_mut(&id).and_then(|endpoint| endpoint.domain.replace(domain));
+        let Some(endpoint) = self.endpoints.get_mut(&id) else { return };
+        let previous = endpoint.domain.replace(domain);
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.insert(id);
+            domain.refused = domain.refused.union(endpoint.view.refused());
         }
         // 5.13.6.3.2: "the device SHOULD behave as if the driver issued a DETACH request with this endpoint,
         // followed by the ATTACH request."
@@ -128,6 +130,8 @@ impl VirtioIommu {
     pub(super) fn leave_domain(&mut self, domain: DomainId, id: EndpointId) {
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.remove(&id);
+            let left = domain.endpoints.iter().filter_map(|id| self.endpoints.get(id));
+            domain.refused = left.flat_map(|endpoint| endpoint.view.refused().ranges()).copied().collect();
         }
         self.drop_unused_tables();
         self.drop_domain_if_empty(domain);

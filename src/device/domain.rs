@@ -9,12 +9,15 @@ use crate::host::{HostError, HostGroup, IoPageTable};
 use crate::id::EndpointId;
 use crate::mapping::MappingTable;
 use crate::memory::GuestRam;
+use crate::range::RangeSet;
 
 /// An I/O address space of the guest.
 #[derive(Debug)]
 pub(super) struct Domain {
     /// The endpoints that are attached; never empty between two requests.
     pub endpoints: BTreeSet<EndpointId>,
+    /// What any of them must not have mapped.
+    pub refused: RangeSet,
     /// How addresses are translated.
     pub kind: DomainKind,
 }
@@ -42,7 +45,7 @@ pub(super) struct AddressSpace {
 impl Domain {
     pub fn new(bypass: bool) -> Self {
         let kind = if bypass { DomainKind::Bypass } else { DomainKind::Mapped(AddressSpace::default()) };
-        Self { endpoints: BTreeSet::new(), kind }
+        Self { endpoints: BTreeSet::new(), refused: RangeSet::default(), kind }
     }
 
     pub const fn is_bypass(&self) -> bool {

@@ -144,8 +144,7 @@ impl VirtioIommu {
             return Err(Status::Invalid);
         }
         // 5.13.6.8.1.2: "The device SHOULD reject a MAP request that overlaps a RESV_MEM region."
-        let mut views = domain.endpoints.iter().filter_map(|id| Some(&self.endpoints.get(id)?.view));
-        if views.any(|view| view.refused().overlapping(iova).is_some()) {
+        if domain.refused.overlapping(iova).is_some() {
             return Err(Status::Invalid);
         }
         if space.poisoned {

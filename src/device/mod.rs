@@ -18,7 +18,7 @@ use crate::mapping::SMALLEST_PAGE;
 use crate::memory::GuestRam;
 use crate::range::IovaRange;
 use crate::request::{LARGEST_REPLY, Request, RequestKind, Status, probe_reply_size, write_reply};
-use crate::reserved::{EndpointView, ReservedRegion};
+use crate::reserved::EndpointView;
 use crate::spec::{self, config, feature};
 
 mod attach;
@@ -305,23 +305,19 @@ impl VirtioIommu {
             self.statistics.unreadable += 1;
             return Progress::Answered { used: 0 };
         }
-        let mut view = None;
-        let mut unfinished = None;
         let parsed = Request::parse(kind, readable);
         let result = parsed.and_then(|request| match request {
-            Request::Attach { domain, endpoint, bypass } => self.attach(domain, endpoint, bypass),
-            Request::Detach { domain, endpoint } => self.detach(domain, endpoint),
-            Request::Map { domain, iova, physical, access } => {
-                self.map(domain, iova, physical, access).map(|left| unfinished = left)
-            }
-            Request::Unmap { domain, iova } => self.unmap(domain, iova),
-            Request::Probe { endpoint } => self.probe(endpoint, writable.len()).map(|found| view = Some(found)),
+            Request::Attach { domain, endpoint, bypass } => self.attach(domain, endpoint, bypass).map(|()| None),
+            Request::Detach { domain, endpoint } => self.detach(domain, endpoint).map(|()| None),
+            Request::Map { domain, iova, physical, access } => self.map(domain, iova, physical, access),
+            Request::Unmap { domain, iova } => self.unmap(domain, iova).map(|()| None),
+            Request::Probe { endpoint } => self.check_probe(endpoint, writable.len()).map(|()| None),
         });
-        if let Some(map) = unfinished {
-            return Progress::Unfinished(map);
+        match result {
+            Ok(Some(map)) => Progress::Unfinished(map),
+            Ok(None) => self.answer(kind, parsed.ok(), Status::Ok, writable),
+            Err(status) => self.answer(kind, parsed.ok(), status, writable),
         }
-        let properties = view.as_ref().map_or(&[][..], EndpointView::reported);
-        self.answer(kind, parsed.ok(), result, properties, writable)
     }
 
     /// Takes one more step of a MAP. The reply goes to the same device-writable bytes.
@@ -331,8 +327,8 @@ impl VirtioIommu {
         let request = map.request();
         match self.map_step(map) {
             Ok(Some(map)) => Progress::Unfinished(map),
-            Ok(None) => self.answer(RequestKind::Map, Some(request), Ok(()), &[], writable),
-            Err(status) => self.answer(RequestKind::Map, Some(request), Err(status), &[], writable),
+            Ok(None) => self.answer(RequestKind::Map, Some(request), Status::Ok, writable),
+            Err(status) => self.answer(RequestKind::Map, Some(request), status, writable),
         }
     }
 
@@ -340,17 +336,20 @@ impl VirtioIommu {
         &mut self,
         kind: RequestKind,
         request: Option<Request>,
-        result: Result<(), Status>,
-        properties: &[ReservedRegion],
+        status: Status,
         writable: &mut [u8],
     ) -> Progress {
-        let status = result.err().unwrap_or(Status::Ok);
         self.statistics.count(kind, status);
         self.tracer.tell(&Exchange::Request { kind, request, status });
+        let properties = match request {
+            Some(Request::Probe { endpoint }) if status == Status::Ok => self.endpoints.get(&endpoint),
+            _ => None,
+        };
+        let properties = properties.map_or(&[][..], |endpoint| endpoint.view.reported());
         Progress::Answered { used: write_reply(writable, status, properties) }
     }
 
-    fn probe(&self, endpoint: EndpointId, writable: usize) -> Result<EndpointView, Status> {
+    fn check_probe(&self, endpoint: EndpointId, writable: usize) -> Result<(), Status> {
         // 5.13.6.7.2: "If the properties list is smaller than probe_size, the device SHOULD NOT write any property.
         // It SHOULD reject the request and set status to VIRTIO_IOMMU_S_INVAL."
         if writable < probe_reply_size(self.settings.probe_size) {
@@ -358,7 +357,7 @@ impl VirtioIommu {
         }
         // 5.13.6.7.2: "If the endpoint identified by endpoint doesn't exist, then the device SHOULD reject the
         // request and set status to VIRTIO_IOMMU_S_NOENT."
-        Ok(self.endpoints.get(&endpoint).ok_or(Status::NoEntry)?.view.clone())
+        if self.endpoints.contains_key(&endpoint) { Ok(()) } else { Err(Status::NoEntry) }
     }
 
     /// Resets the device: no endpoint is attached, no domain and no event is left. `bypass` keeps its value

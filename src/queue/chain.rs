@@ -102,7 +102,7 @@ impl Chain {
     pub fn begin<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &Ring<'_, M>, head: u16) -> Progress {
         match self.read(ring, head) {
             Ok(()) => {
-                self.reply.clear();
+                // What was there is written over, or not shown.
                 self.reply.resize(self.room, 0);
                 device.begin(self.request.get(..self.readable).unwrap_or_default(), &mut self.reply)
             }

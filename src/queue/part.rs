@@ -26,37 +26,36 @@ impl<'m, M: GuestMemory> Part<'m, M> {
 
     /// The little-endian number at this offset.
     pub fn load(&self, offset: usize, order: Ordering) -> GuestMemoryResult<u16> {
-        match &self.whole {
-            Some(slice) => Ok(slice.load(offset, order)?),
-            None => self.memory.load(self.address(offset)?, order),
+        match self.whole.as_ref().map(|slice| slice.load(offset, order)) {
+            Some(Ok(value)) => Ok(u16::from_le(value)),
+            _ => self.memory.load(self.address(offset)?, order).map(u16::from_le),
         }
-        .map(u16::from_le)
     }
 
     /// Stores a little-endian number at this offset.
     pub fn store(&self, offset: usize, value: u16, order: Ordering) -> GuestMemoryResult<()> {
-        match &self.whole {
-            Some(slice) => Ok(slice.store(value.to_le(), offset, order)?),
-            None => self.memory.store(value.to_le(), self.address(offset)?, order),
+        match self.whole.as_ref().map(|slice| slice.store(value.to_le(), offset, order)) {
+            Some(Ok(())) => Ok(()),
+            _ => self.memory.store(value.to_le(), self.address(offset)?, order),
         }
     }
 
     /// What is at this offset.
     pub fn read<T: ByteValued>(&self, offset: usize) -> GuestMemoryResult<T> {
-        match &self.whole {
-            Some(slice) => Ok(slice.get_ref(offset)?.load()),
-            None => self.memory.read_obj(self.address(offset)?),
+        match self.whole.as_ref().map(|slice| slice.get_ref(offset)) {
+            Some(Ok(place)) => Ok(place.load()),
+            _ => self.memory.read_obj(self.address(offset)?),
         }
     }
 
     /// Writes to this offset.
     pub fn write<T: ByteValued>(&self, offset: usize, value: T) -> GuestMemoryResult<()> {
-        match &self.whole {
-            Some(slice) => {
-                slice.get_ref(offset)?.store(value);
+        match self.whole.as_ref().map(|slice| slice.get_ref(offset)) {
+            Some(Ok(place)) => {
+                place.store(value);
                 Ok(())
             }
-            None => self.memory.write_obj(value, self.address(offset)?),
+            _ => self.memory.write_obj(value, self.address(offset)?),
         }
     }
 
