@@ -18,7 +18,7 @@ use crate::range::{IovaRange, RangeSet};
 
 mod leaf;
 
-use leaf::{Insertion, Leaf};
+use leaf::Leaf;
 
 /// The smallest page that mappings can be made of, in bytes.
 pub(crate) const SMALLEST_PAGE: u64 = 1 << 12;
@@ -60,8 +60,7 @@ pub(crate) struct MappingTable {
     /// behind one costs less than a tree above them.
     leaves: Vec<Entry>,
     count: usize,
-    /// Where a search ended last: the next one is likely to end there too. Any value does.
-    recent: AtomicUsize,
+    recent: Recent,
 }
 
 /// A leaf, which is not empty.
@@ -70,6 +69,31 @@ struct Entry {
     /// No first address in the leaf is below, and every one in the leaves before is.
     from: u64,
     leaf: Box<Leaf>,
+}
+
+/// A place for a mapping: in which leaf, and behind how many mappings there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    leaf: usize,
+    behind: usize,
+}
+
+/// Where a search ended last. The next one is likely to end there too, so it is tried first; any value does.
+#[derive(Debug, Default)]
+struct Recent {
+    leaf: AtomicUsize,
+    behind: AtomicUsize,
+}
+
+impl Recent {
+    fn get(&self) -> Place {
+        Place { leaf: self.leaf.load(Ordering::Relaxed), behind: self.behind.load(Ordering::Relaxed) }
+    }
+
+    fn set(&self, place: Place) {
+        self.leaf.store(place.leaf, Ordering::Relaxed);
+        self.behind.store(place.behind, Ordering::Relaxed);
+    }
 }
 
 impl MappingTable {
@@ -85,24 +109,40 @@ impl MappingTable {
         self.leaves.iter().flat_map(|entry| entry.leaf.iter())
     }
 
-    /// The last leaf that can have a mapping that starts at this address or before.
-    fn leaf_for(&self, address: u64) -> Option<usize> {
-        let recent = self.recent.load(Ordering::Relaxed);
-        let starts_before = |place: usize| self.leaves.get(place).is_some_and(|entry| entry.from <= address);
-        if starts_before(recent) && !starts_before(recent + 1) {
-            return Some(recent);
-        }
-        let place = self.leaves.partition_point(|entry| entry.from <= address).checked_sub(1)?;
-        self.recent.store(place, Ordering::Relaxed);
-        Some(place)
+    /// The place behind all mappings that start at this address or before.
+    fn place_behind(&self, address: u64) -> Place {
+        let recent = self.recent.get();
+        let can_be_in = |leaf: usize| self.leaves.get(leaf).is_some_and(|entry| entry.from <= address);
+        let leaf = if can_be_in(recent.leaf) && !can_be_in(recent.leaf + 1) {
+            recent.leaf
+        } else {
+            self.leaves.partition_point(|entry| entry.from <= address).saturating_sub(1)
+        };
+        let behind = self.leaves.get(leaf).map_or(0, |entry| entry.leaf.count_up_to(address, recent.behind));
+        let place = Place { leaf, behind };
+        self.recent.set(place);
+        place
+    }
+
+    /// The place before all mappings that start at this address or behind.
+    fn place_before(&self, address: u64) -> Place {
+        let mut place = self.place_behind(address);
+        let last = place.behind.checked_sub(1).filter(|last| self.starts_at(place.leaf, *last) == Some(address));
+        place.behind = last.unwrap_or(place.behind);
+        place
+    }
+
+    fn starts_at(&self, leaf: usize, place: usize) -> Option<u64> {
+        self.leaves.get(leaf)?.leaf.start(place)
     }
 
     /// The last mapping that starts at this address or before.
     pub fn last_from(&self, address: u64) -> Option<Mapping> {
-        let place = self.leaf_for(address)?;
-        let found = self.leaves.get(place).and_then(|entry| entry.leaf.last_from(address));
-        // All in this leaf may start further on, and none in the one before does.
-        found.or_else(|| self.leaves.get(place.checked_sub(1)?)?.leaf.last_from(address))
+        let Place { leaf, behind } = self.place_behind(address);
+        match behind.checked_sub(1) {
+            Some(last) => self.leaves.get(leaf)?.leaf.get(last),
+            None => self.leaves.get(leaf.checked_sub(1)?)?.leaf.last(),
+        }
     }
 
     /// The mapping that an address is in.
@@ -124,30 +164,39 @@ impl MappingTable {
     /// Adds a mapping, or lets one grow that starts there; no other one may overlap it. Whether there is one more.
     pub fn insert(&mut self, mapping: Mapping) -> bool {
         let start = mapping.iova.start();
-        let place = self.leaf_for(start).unwrap_or(0);
-        let Some(entry) = self.leaves.get_mut(place) else {
+        let mut place = self.place_behind(start);
+        let Some(entry) = self.leaves.get_mut(place.leaf) else {
             self.leaves.push(Entry { from: start, leaf: Box::default() });
             return self.insert(mapping);
         };
-        entry.from = entry.from.min(start);
-        match entry.leaf.insert(mapping) {
-            Insertion::Replaced => return false,
-            Insertion::Added => (),
-            Insertion::NoRoom => {
-                let mut upper = entry.leaf.split_off(start);
-                let into = if upper.first().is_none_or(|first| first <= start) { &mut upper } else { &mut entry.leaf };
-                into.insert(mapping);
-                let from = upper.first().unwrap_or(start);
-                self.leaves.insert(place + 1, Entry { from, leaf: upper });
-            }
+        if entry.leaf.replace(place.behind, mapping) {
+            return false;
         }
-        self.count += 1;
+        entry.from = entry.from.min(start);
+        if entry.leaf.is_full() {
+            place = self.split(place, start);
+        }
+        if let Some(entry) = self.leaves.get_mut(place.leaf) {
+            entry.leaf.insert(place.behind, mapping);
+            self.count += 1;
+        }
+        // Mappings often come in order.
+        self.recent.set(Place { behind: place.behind + 1, ..place });
         true
     }
 
-    /// The leaves in which mappings may start that start in a range.
-    fn leaves_for(&self, iova: IovaRange) -> Range<usize> {
-        self.leaf_for(iova.start()).unwrap_or(0)..self.leaf_for(iova.last()).map_or(0, |last| last + 1)
+    /// Makes room in a leaf that is full; where the place is then, for a mapping that starts there.
+    fn split(&mut self, place: Place, start: u64) -> Place {
+        let Some(entry) = self.leaves.get_mut(place.leaf) else { return place };
+        let upper = entry.leaf.split_off(place.behind);
+        let kept = entry.leaf.len();
+        let from = upper.start(0).unwrap_or(start);
+        self.leaves.insert(place.leaf + 1, Entry { from, leaf: upper });
+        // Between the two it goes to the upper one, if that is empty.
+        match place.behind.checked_sub(kept) {
+            Some(behind) if start >= from => Place { leaf: place.leaf + 1, behind },
+            _ => place,
+        }
     }
 
     /// The mappings in a range, ascending.
@@ -156,52 +205,62 @@ impl MappingTable {
     ///
     /// [`WouldSplit`] if one of them reaches out of the range.
     pub fn covered(&self, iova: IovaRange) -> Result<impl Iterator<Item = Mapping>, WouldSplit> {
-        let ends = [self.at(iova.start()), self.at(iova.last())];
+        let ends = [self.at(iova.last()), self.at(iova.start())];
         if ends.into_iter().flatten().any(|mapping| !iova.covers(mapping.iova)) {
             return Err(WouldSplit);
         }
-        let leaves = self.leaves.get(self.leaves_for(iova)).unwrap_or_default();
-        Ok(leaves.iter().flat_map(move |entry| entry.leaf.starting_in(iova)))
+        let (first, end) = (self.place_before(iova.start()), self.place_behind(iova.last()));
+        let leaves = self.leaves.get(first.leaf..=end.leaf).unwrap_or_default();
+        Ok((first.leaf..).zip(leaves).flat_map(move |(leaf, entry)| {
+            let from = if leaf == first.leaf { first.behind } else { 0 };
+            let to = if leaf == end.leaf { end.behind } else { entry.leaf.len() };
+            entry.leaf.mappings(from..to)
+        }))
     }
 
     /// Removes every mapping that starts in a range; how many.
     pub fn remove(&mut self, iova: IovaRange) -> usize {
         let before = self.count;
-        let places = self.leaves_for(iova);
-        let (first, end) = (places.start, places.end);
-        for place in [Some(first), end.checked_sub(1).filter(|last| *last > first)].into_iter().flatten() {
-            if let Some(entry) = self.leaves.get_mut(place) {
-                self.count -= entry.leaf.remove_starting_in(iova);
-            }
+        let (first, end) = (self.place_before(iova.start()), self.place_behind(iova.last()));
+        if first.leaf == end.leaf {
+            self.remove_in_leaf(first.leaf, first.behind..end.behind);
+        } else {
+            // All leaves between the first and the last one are gone with what they have.
+            self.remove_in_leaf(first.leaf, first.behind..usize::MAX);
+            self.remove_in_leaf(end.leaf, 0..end.behind);
+            let gone = self.leaves.drain(first.leaf + 1..end.leaf);
+            self.count -= gone.map(|entry| entry.leaf.len()).sum::<usize>();
+            self.tidy(first.leaf + 1);
         }
-        // Those in between are gone with all they have, those at the edges if nothing is left.
-        let is_empty = |place: usize| self.leaves.get(place).is_some_and(|entry| entry.leaf.is_empty());
-        let gone = if is_empty(first) { first } else { first + 1 };
-        let kept = if end > first && is_empty(end - 1) { end } else { end.saturating_sub(1).max(gone) };
-        if gone < kept {
-            self.count -= self.leaves.drain(gone..kept).map(|entry| entry.leaf.len()).sum::<usize>();
-        }
-        self.join(gone);
-        self.join(first);
+        self.tidy(first.leaf);
         if self.leaves.len() < self.leaves.capacity() / 4 {
             self.leaves.shrink_to(self.leaves.len() * 2);
         }
         before - self.count
     }
 
-    /// If a leaf is nearly empty, joins it with the next one or the one before, so that memory follows the number of mappings.
-    fn join(&mut self, place: usize) {
-        if self.leaves.get(place).is_none_or(|entry| !entry.leaf.is_sparse()) {
-            return;
+    fn remove_in_leaf(&mut self, leaf: usize, places: Range<usize>) {
+        if let Some(entry) = self.leaves.get_mut(leaf) {
+            self.count -= entry.leaf.remove(places);
         }
-        let before = place.checked_sub(1);
-        for low in [Some(place), before].into_iter().flatten() {
-            if let Some([lower, upper]) = self.leaves.get_mut(low..).and_then(<[_]>::first_chunk_mut)
-                && lower.leaf.append(&upper.leaf)
-            {
-                self.leaves.remove(low + 1);
-                return;
+    }
+
+    /// Gives up a leaf that is empty. Joins one that is nearly so with the next one or the one before, so that memory follows the
+    /// number of mappings.
+    fn tidy(&mut self, leaf: usize) {
+        match self.leaves.get(leaf) {
+            Some(entry) if entry.leaf.is_empty() => _ = self.leaves.remove(leaf),
+            Some(entry) if entry.leaf.is_sparse() => {
+                for low in [Some(leaf), leaf.checked_sub(1)].into_iter().flatten() {
+                    if let Some([lower, upper]) = self.leaves.get_mut(low..).and_then(<[_]>::first_chunk_mut)
+                        && lower.leaf.append(&upper.leaf)
+                    {
+                        self.leaves.remove(low + 1);
+                        return;
+                    }
+                }
             }
+            _ => (),
         }
     }
 

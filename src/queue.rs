@@ -150,7 +150,8 @@ impl Requests {
         };
         match progress {
             Progress::Answered { used } => {
-                ring.put(head, self.chain.reply(ring.memory(), used))?;
+                let written = self.chain.reply(ring, used);
+                ring.put(head, written)?;
                 Ok(true)
             }
             Progress::Unfinished(map) => {
@@ -199,7 +200,7 @@ fn serve_faults<M: GuestMemory>(
         // 5.13.6.9.2: "If a buffer is too small to contain the fault report, the device SHOULD NOT use multiple buffers to
         // describe it." One that is too small, or not in guest memory, goes back unwritten, and the event waits for the next.
         let fits = chain.read(ring, head).is_ok() && chain.room() >= event.len();
-        let used = if fits { chain.write(ring.memory(), &event).unwrap_or(0) } else { 0 };
+        let used = if fits { chain.write(ring, &event).unwrap_or(0) } else { 0 };
         if used != 0 {
             device.take_fault();
         }

@@ -24,17 +24,6 @@ pub(super) struct Leaf {
     targets: [u64; CAPACITY],
 }
 
-/// What came of a mapping that was to be inserted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Insertion {
-    /// There is one more.
-    Added,
-    /// It took the place of one that starts where it does.
-    Replaced,
-    /// The leaf is full.
-    NoRoom,
-}
-
 impl Default for Leaf {
     fn default() -> Self {
         Self { count: 0, starts: [0; CAPACITY], lasts: [0; CAPACITY], targets: [0; CAPACITY] }
@@ -46,64 +35,78 @@ impl Leaf {
     /// With fewer mappings than this a leaf is joined with a neighbour, if both fit in one.
     pub const SPARSE: usize = CAPACITY / 4;
 
+    pub const fn len(&self) -> usize {
+        self.count
+    }
+
     pub const fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    const fn is_full(&self) -> bool {
+    pub const fn is_full(&self) -> bool {
         self.count == CAPACITY
-    }
-
-    pub const fn len(&self) -> usize {
-        self.count
     }
 
     pub const fn is_sparse(&self) -> bool {
         self.count < Self::SPARSE
     }
 
-    /// The first address of the first mapping.
-    pub fn first(&self) -> Option<u64> {
-        self.starts().first().copied()
+    /// The first address of a mapping.
+    pub fn start(&self, place: usize) -> Option<u64> {
+        self.starts().get(place).copied()
+    }
+
+    pub fn last(&self) -> Option<Mapping> {
+        self.get(self.count.checked_sub(1)?)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Mapping> {
         self.mappings(0..self.count)
     }
 
-    /// The mappings that start in a range.
-    pub fn starting_in(&self, iova: IovaRange) -> impl Iterator<Item = Mapping> {
-        self.mappings(self.places_in(iova))
+    /// How many mappings start at this address or before. What is likely is tried first.
+    pub fn count_up_to(&self, address: u64, likely: usize) -> usize {
+        let starts = self.starts();
+        let up_to = |place: usize| starts.get(place).is_some_and(|start| *start <= address);
+        if likely <= self.count && !up_to(likely) && likely.checked_sub(1).is_none_or(up_to) {
+            return likely;
+        }
+        starts.partition_point(|start| *start <= address)
     }
 
-    /// The last mapping that starts at this address or before.
-    pub fn last_from(&self, address: u64) -> Option<Mapping> {
-        self.get(self.place_after(address).checked_sub(1)?)
+    pub fn mappings(&self, places: Range<usize>) -> impl Iterator<Item = Mapping> {
+        places.filter_map(|place| self.get(place))
     }
 
-    /// Adds a mapping, if there is room for it, or puts it in the place of one that starts where it does.
-    pub fn insert(&mut self, mapping: Mapping) -> Insertion {
-        let start = mapping.iova.start();
-        let place = self.place_after(start);
-        if let Some(before) = place.checked_sub(1).filter(|before| self.starts[*before] == start) {
-            self.set(before, mapping);
-            return Insertion::Replaced;
-        }
-        if self.is_full() {
-            return Insertion::NoRoom;
-        }
+    pub fn get(&self, place: usize) -> Option<Mapping> {
+        let iova = IovaRange::new(self.start(place)?, self.lasts[place])?;
+        let target = self.targets[place];
+        let access = Access { read: target & READ != 0, write: target & WRITE != 0 };
+        Some(Mapping { iova, physical: GuestAddress(target & !(SMALLEST_PAGE - 1)), access })
+    }
+
+    /// Puts a mapping in the place of the last of so many, if that starts where it does; whether it does.
+    pub fn replace(&mut self, behind: usize, mapping: Mapping) -> bool {
+        let Some(place) = behind.checked_sub(1).filter(|place| self.starts[*place] == mapping.iova.start()) else {
+            return false;
+        };
+        self.set(place, mapping);
+        true
+    }
+
+    /// Adds a mapping behind so many, where it belongs; the leaf is not full.
+    pub fn insert(&mut self, behind: usize, mapping: Mapping) {
         for array in [&mut self.starts, &mut self.lasts, &mut self.targets] {
-            array.copy_within(place..self.count, place + 1);
+            array.copy_within(behind..self.count, behind + 1);
         }
         self.count += 1;
-        self.set(place, mapping);
-        Insertion::Added
+        self.set(behind, mapping);
     }
 
-    /// Makes room for a mapping that starts here: takes the upper half off, or nothing if it comes after all others, so that
-    /// leaves filled in order stay full.
-    pub fn split_off(&mut self, start: u64) -> Box<Self> {
-        let from = if self.place_after(start) == self.count { self.count } else { self.count / 2 };
+    /// Makes room for a mapping behind so many: takes the upper half off, or nothing if it comes after all others, so that leaves
+    /// filled in order stay full.
+    pub fn split_off(&mut self, behind: usize) -> Box<Self> {
+        let from = if behind == self.count { self.count } else { self.count / 2 };
         let mut upper = Box::<Self>::default();
         upper.take(self, from..self.count);
         self.count = from;
@@ -120,39 +123,18 @@ impl Leaf {
         fits
     }
 
-    /// Removes the mappings that start in a range; how many.
-    pub fn remove_starting_in(&mut self, iova: IovaRange) -> usize {
-        let places = self.places_in(iova);
+    /// Removes mappings; how many there were.
+    pub fn remove(&mut self, places: Range<usize>) -> usize {
+        let end = places.end.min(self.count);
         for array in [&mut self.starts, &mut self.lasts, &mut self.targets] {
-            array.copy_within(places.end..self.count, places.start);
+            array.copy_within(end..self.count, places.start);
         }
-        self.count -= places.len();
-        places.len()
+        self.count -= end - places.start;
+        end - places.start
     }
 
     fn starts(&self) -> &[u64] {
         &self.starts[..self.count]
-    }
-
-    /// Where a mapping that starts behind this address would be.
-    fn place_after(&self, address: u64) -> usize {
-        self.starts().partition_point(|start| *start <= address)
-    }
-
-    /// Where the mappings are that start in a range.
-    fn places_in(&self, iova: IovaRange) -> Range<usize> {
-        self.starts().partition_point(|start| *start < iova.start())..self.place_after(iova.last())
-    }
-
-    fn mappings(&self, places: Range<usize>) -> impl Iterator<Item = Mapping> {
-        places.filter_map(|place| self.get(place))
-    }
-
-    fn get(&self, place: usize) -> Option<Mapping> {
-        let iova = IovaRange::new(self.starts[place], self.lasts[place])?;
-        let target = self.targets[place];
-        let access = Access { read: target & READ != 0, write: target & WRITE != 0 };
-        Some(Mapping { iova, physical: GuestAddress(target & !(SMALLEST_PAGE - 1)), access })
     }
 
     fn set(&mut self, place: usize, mapping: Mapping) {

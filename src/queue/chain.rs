@@ -2,12 +2,10 @@
 
 //! Descriptor chains.
 
-use std::mem;
-
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
-use super::part::Part;
+use super::part::{Part, Surroundings};
 use super::ring::Ring;
 use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 use crate::request::LARGEST_REPLY;
@@ -55,51 +53,52 @@ impl Default for Chain {
 
 impl Chain {
     /// Walks the chain that starts with this descriptor.
-    pub fn read<M: GuestMemory>(&mut self, ring: &Ring<'_, M>, head: u16) -> Result<(), Malformed> {
+    pub fn read<M: GuestMemory>(&mut self, ring: &mut Ring<'_, M>, head: u16) -> Result<(), Malformed> {
         self.writable.clear();
         (self.readable, self.room, self.length, self.descriptors) = (0, 0, 0, 0);
         let mut indirect = None;
-        let mut descriptor = ring.table().descriptor(head)?;
+        let mut descriptor = ring.table.descriptor(head)?;
         loop {
             if descriptor.refers_to_indirect_table() {
                 // 2.7.5.3.1: no table refers to another.
                 if indirect.is_some() {
                     return Err(Malformed);
                 }
-                descriptor = indirect.insert(Table::indirect(ring.memory(), &descriptor)?).descriptor(0)?;
+                descriptor = indirect.insert(Table::indirect(&mut ring.readable, &descriptor)?).descriptor(0)?;
                 continue;
             }
-            self.add(ring.memory(), &descriptor)?;
+            self.add(&mut ring.readable, &descriptor)?;
             if !descriptor.has_next() {
                 return Ok(());
             }
-            descriptor = indirect.as_ref().unwrap_or(ring.table()).descriptor(descriptor.next())?;
+            descriptor = indirect.as_ref().unwrap_or(&ring.table).descriptor(descriptor.next())?;
         }
     }
 
     /// Adds a descriptor: what the device may read is read, what it may write is noted.
-    fn add<M: GuestMemory>(&mut self, memory: &M, descriptor: &Descriptor) -> Result<(), Malformed> {
-        self.descriptors += 1;
+    fn add<M: GuestMemory>(
+        &mut self,
+        memory: &mut Surroundings<'_, M>,
+        descriptor: &Descriptor,
+    ) -> Result<(), Malformed> {
+        let (start, length) = (descriptor.addr(), descriptor.len() as usize);
         // 2.7.5.2: no chain is longer than 2^32 bytes.
         self.length = self.length.checked_add(descriptor.len()).ok_or(Malformed)?;
-        let (start, length) = (descriptor.addr(), descriptor.len() as usize);
-        if self.descriptors > MOST_DESCRIPTORS {
-            return Err(Malformed);
-        }
+        self.descriptors += 1;
         if descriptor.is_write_only() {
             self.room += length;
             self.writable.push(Buffer { start, length });
-            return if self.room <= LARGEST_REPLY { Ok(()) } else { Err(Malformed) };
+        } else {
+            let free = self.request.get_mut(self.readable..).unwrap_or_default();
+            let taken = free.len().min(length);
+            memory.read(start, free.get_mut(..taken).unwrap_or_default()).map_err(|_| Malformed)?;
+            self.readable += taken;
         }
-        let free = self.request.get_mut(self.readable..).unwrap_or_default();
-        let taken = free.len().min(length);
-        read(memory, start, free.get_mut(..taken).unwrap_or_default())?;
-        self.readable += taken;
-        Ok(())
+        if self.descriptors <= MOST_DESCRIPTORS && self.room <= LARGEST_REPLY { Ok(()) } else { Err(Malformed) }
     }
 
     /// Begins the request in the chain that starts with this descriptor.
-    pub fn begin<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &Ring<'_, M>, head: u16) -> Progress {
+    pub fn begin<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &mut Ring<'_, M>, head: u16) -> Progress {
         match self.read(ring, head) {
             Ok(()) => {
                 // What was there is written over, or not shown.
@@ -117,8 +116,8 @@ impl Chain {
     }
 
     /// Writes so much of the reply; the used length. A reply that cannot be written is lost; what it answers has been done.
-    pub fn reply<M: GuestMemory>(&self, memory: &M, used: usize) -> u32 {
-        self.reply.get(..used).and_then(|bytes| self.write(memory, bytes)).unwrap_or(0)
+    pub fn reply<M: GuestMemory>(&self, ring: &mut Ring<'_, M>, used: usize) -> u32 {
+        self.reply.get(..used).and_then(|bytes| self.write(ring, bytes)).unwrap_or(0)
     }
 
     /// How many bytes can be written.
@@ -127,11 +126,11 @@ impl Chain {
     }
 
     /// Writes bytes to the start of the device-writable part; the used length, or `None` if it is not in guest memory.
-    pub fn write<M: GuestMemory>(&self, memory: &M, bytes: &[u8]) -> Option<u32> {
+    pub fn write<M: GuestMemory>(&self, ring: &mut Ring<'_, M>, bytes: &[u8]) -> Option<u32> {
         let mut left = bytes;
         for buffer in &self.writable {
             let (now, later) = left.split_at(left.len().min(buffer.length));
-            write(memory, buffer.start, now)?;
+            ring.writable.write(buffer.start, now).ok()?;
             left = later;
         }
         u32::try_from(bytes.len() - left.len()).ok()
@@ -147,19 +146,18 @@ pub(super) struct Table<'m, M: GuestMemory> {
 impl<'m, M: GuestMemory> Table<'m, M> {
     /// The table of a queue of this size.
     pub fn new(memory: &'m M, start: GuestAddress, count: u16) -> Self {
-        let part = Part::new(memory, start, usize::from(count) * DESCRIPTOR_SIZE, Permissions::Read);
-        Self { part, count }
+        Self { part: Part::new(memory, start, usize::from(count) * DESCRIPTOR_SIZE, Permissions::Read), count }
     }
 
     /// The table that a descriptor refers to.
-    fn indirect(memory: &'m M, descriptor: &Descriptor) -> Result<Self, Malformed> {
+    fn indirect(memory: &mut Surroundings<'m, M>, descriptor: &Descriptor) -> Result<Self, Malformed> {
         let length = descriptor.len() as usize;
         let count = u16::try_from(length / DESCRIPTOR_SIZE).map_err(|_| Malformed)?;
         // 2.7.5.3: a table is made of whole descriptors.
         if length % DESCRIPTOR_SIZE != 0 {
             return Err(Malformed);
         }
-        Ok(Self::new(memory, descriptor.addr(), count))
+        Ok(Self { part: memory.part(descriptor.addr(), length), count })
     }
 
     fn descriptor(&self, index: u16) -> Result<Descriptor, Malformed> {
@@ -168,28 +166,4 @@ impl<'m, M: GuestMemory> Table<'m, M> {
         }
         self.part.read(usize::from(index) * DESCRIPTOR_SIZE).map_err(|_| Malformed)
     }
-}
-
-/// Reads guest memory. One piece of it, as is usual, costs no more than finding it.
-fn read<M: GuestMemory>(memory: &M, start: GuestAddress, bytes: &mut [u8]) -> Result<(), Malformed> {
-    let mut left = bytes;
-    for slice in memory.get_slices(start, left.len(), Permissions::Read).map_err(|_| Malformed)? {
-        let slice = slice.map_err(|_| Malformed)?;
-        let (now, later) = mem::take(&mut left).split_at_mut_checked(slice.len()).ok_or(Malformed)?;
-        slice.copy_to(now);
-        left = later;
-    }
-    if left.is_empty() { Ok(()) } else { Err(Malformed) }
-}
-
-/// Writes guest memory; `None` if not all of it is there.
-fn write<M: GuestMemory>(memory: &M, start: GuestAddress, bytes: &[u8]) -> Option<()> {
-    let mut left = bytes;
-    for slice in memory.get_slices(start, left.len(), Permissions::Write).ok()? {
-        let slice = slice.ok()?;
-        let (now, later) = left.split_at_checked(slice.len())?;
-        slice.copy_from(now);
-        left = later;
-    }
-    left.is_empty().then_some(())
 }

@@ -63,3 +63,60 @@ impl<'m, M: GuestMemory> Part<'m, M> {
         self.start.checked_add(offset as u64).ok_or(GuestMemoryError::GuestAddressOverflow)
     }
 }
+
+/// Guest memory that is accessed in many places, of which most are near the one before.
+pub(super) struct Surroundings<'m, M: GuestMemory> {
+    memory: &'m M,
+    access: Permissions,
+    start: GuestAddress,
+    found: Option<VolatileSlice<'m, BS<'m, M::Bitmap>>>,
+}
+
+impl<'m, M: GuestMemory> Surroundings<'m, M> {
+    /// How much is looked up at a time, and what it is aligned to.
+    const SIZE: usize = 2 << 20;
+
+    pub const fn new(memory: &'m M, access: Permissions) -> Self {
+        Self { memory, access, start: GuestAddress(0), found: None }
+    }
+
+    /// Reads what is there.
+    pub fn read(&mut self, start: GuestAddress, bytes: &mut [u8]) -> GuestMemoryResult<()> {
+        if let Some(slice) = self.near(start, bytes.len()) {
+            slice.copy_to(bytes);
+            return Ok(());
+        }
+        self.move_to(start);
+        self.memory.read_slice(bytes, start)
+    }
+
+    /// Writes there.
+    pub fn write(&mut self, start: GuestAddress, bytes: &[u8]) -> GuestMemoryResult<()> {
+        if let Some(slice) = self.near(start, bytes.len()) {
+            slice.copy_from(bytes);
+            return Ok(());
+        }
+        self.move_to(start);
+        self.memory.write_slice(bytes, start)
+    }
+
+    /// A part of it.
+    pub fn part(&mut self, start: GuestAddress, length: usize) -> Part<'m, M> {
+        if let Some(slice) = self.near(start, length) {
+            return Part { memory: self.memory, start, whole: Some(slice) };
+        }
+        self.move_to(start);
+        Part::new(self.memory, start, length, self.access)
+    }
+
+    fn near(&self, start: GuestAddress, length: usize) -> Option<VolatileSlice<'m, BS<'m, M::Bitmap>>> {
+        let offset = start.checked_offset_from(self.start)?;
+        self.found.as_ref()?.subslice(usize::try_from(offset).ok()?, length).ok()
+    }
+
+    fn move_to(&mut self, address: GuestAddress) {
+        self.start = GuestAddress(address.mask(!(Self::SIZE as u64 - 1)));
+        let slices = self.memory.get_slices(self.start, Self::SIZE, self.access);
+        self.found = slices.ok().and_then(|mut slices| slices.next()?.ok());
+    }
+}

@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::QueueError;
 use super::chain::Table;
-use super::part::Part;
+use super::part::{Part, Surroundings};
 
 /// The flag in an available ring that asks for no interrupts (2.7.6).
 pub(super) const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -30,10 +30,14 @@ const PUBLISHED_AT_ONCE: u16 = 32;
 
 /// The device's side of a queue, for the length of a batch.
 pub(super) struct Ring<'m, M: GuestMemory> {
-    memory: &'m M,
     size: u16,
     event_idx: bool,
-    table: Table<'m, M>,
+    /// The table of its descriptors.
+    pub table: Table<'m, M>,
+    /// Where buffers are that the device may read.
+    pub readable: Surroundings<'m, M>,
+    /// Where buffers are that the device may write.
+    pub writable: Surroundings<'m, M>,
     available: Part<'m, M>,
     used: Part<'m, M>,
     next_available: Wrapping<u16>,
@@ -72,10 +76,11 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
         let part = |start: u64, length: usize, access| Part::new(memory, GuestAddress(start), length, access);
         let next_used = Wrapping(queue.next_used());
         Ok(Self {
-            memory,
             size,
             event_idx: queue.event_idx_enabled(),
             table: Table::new(memory, GuestAddress(queue.desc_table()), size),
+            readable: Surroundings::new(memory, Permissions::Read),
+            writable: Surroundings::new(memory, Permissions::Write),
             // Both rings end in an index for notifications.
             available: part(queue.avail_ring(), ENTRIES + entries * AVAILABLE_ENTRY + 2, Permissions::Read),
             used: part(queue.used_ring(), ENTRIES + entries * USED_ENTRY + 2, Permissions::Write),
@@ -84,11 +89,6 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
             published: next_used,
             first_used: next_used,
         })
-    }
-
-    /// The memory that its buffers are in.
-    pub const fn memory(&self) -> &'m M {
-        self.memory
     }
 
     /// How many buffers the driver has made available that were not taken.
@@ -110,11 +110,6 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
         }
         self.next_available += 1;
         Ok(head)
-    }
-
-    /// The table of its descriptors.
-    pub const fn table(&self) -> &Table<'m, M> {
-        &self.table
     }
 
     /// Returns a buffer of which so much was written. The driver sees it in a while, at the latest when it is
