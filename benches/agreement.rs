@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use crate::case::{PAGE, Random};
 use crate::driver::Request;
-use crate::requests::{DOMAIN, LAST_INPUT, Machine, Ours, RAM, yardstick};
+use crate::machine::{DOMAIN, LAST_INPUT, Machine, Ours, RAM, yardstick};
 
 const REQUESTS: usize = 20_000;
 /// The first addresses are below this, so that requests meet what others mapped.

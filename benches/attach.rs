@@ -2,22 +2,20 @@
 
 //! What is done with all mappings of a domain at once: a second group joins it, or the device is restored.
 
-use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
-use virtio_iommu::access::Access;
 use virtio_iommu::device::{DeviceState, DomainState, MappingState, VirtioIommu};
+use virtio_iommu::host::HostGroup;
 use virtio_iommu::host::fake::{FakeHost, Flavour};
-use virtio_iommu::host::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError, UnmapError};
 use virtio_iommu::id::EndpointId;
-use virtio_iommu::memory::HostSegment;
 use virtio_iommu::range::{IovaRange, RangeSet};
 
 use crate::case::{Case, Layout, MAPPINGS, PAGE, Work};
 use crate::driver::Request;
-use crate::requests::{DOMAIN, ENDPOINT, Machine, OTHER_ENDPOINT, Ours, physical, software_group};
+use crate::hosts::{Calls, CountedGroup, PrivateGroup};
+use crate::machine::{DOMAIN, ENDPOINT, Machine, OTHER_ENDPOINT, Ours, physical, software_group};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -41,9 +39,9 @@ pub fn measure(wanted: impl Fn(&str) -> bool) -> Vec<(String, Value)> {
     }
     let [name, asked] = ["attach/host_calls_iommufd", "attach/host_calls_iommufd/asked"];
     if wanted(name) {
-        let calls = share();
-        figures.push((name.to_owned(), json!({ "calls": calls.changes.load(Ordering::Relaxed) })));
-        figures.push((asked.to_owned(), json!({ "calls": calls.questions.load(Ordering::Relaxed) })));
+        let (changes, questions) = share();
+        figures.push((name.to_owned(), json!({ "calls": changes })));
+        figures.push((asked.to_owned(), json!({ "calls": questions })));
     }
     figures
 }
@@ -92,8 +90,8 @@ fn restore() -> Work {
     })
 }
 
-/// The calls that a second group costs on a host like iommufd.
-fn share() -> Arc<Calls> {
+/// What a second group costs on a host like iommufd: calls that change something, and calls that ask what it can do.
+fn share() -> (u64, u64) {
     let host = FakeHost::new(Flavour::Iommufd);
     let calls = Arc::<Calls>::default();
     let group = |endpoint| -> Arc<dyn HostGroup> {
@@ -102,142 +100,14 @@ fn share() -> Arc<Calls> {
     };
     let ours = Ours::new(vec![group(ENDPOINT), group(OTHER_ENDPOINT)]);
     let mut device = Machine::with(ours, &Layout::Sequential.pages(MAPPINGS)).device.device;
-    calls.changes.store(0, Ordering::Relaxed);
-    calls.questions.store(0, Ordering::Relaxed);
+    let so_far = || [&calls.changes, &calls.questions].map(|count| count.load(Ordering::Relaxed));
+    let before = so_far();
     attach(&mut device);
+    let after = so_far();
     assert_eq!(
         host.mappings(EndpointId(OTHER_ENDPOINT)).len() as u64,
         MAPPINGS,
         "the group reaches what the domain maps"
     );
-    calls
-}
-
-/// What a host was asked.
-#[derive(Debug, Default)]
-struct Calls {
-    /// Whatever changes it.
-    changes: AtomicU64,
-    /// What it can do.
-    questions: AtomicU64,
-    maps: AtomicU64,
-    /// How many bytes it maps.
-    bytes: AtomicU64,
-}
-
-/// A group on a host that does nothing, with tables that no other group can use.
-#[derive(Debug)]
-struct PrivateGroup {
-    members: [EndpointId; 1],
-    calls: Arc<Calls>,
-}
-
-impl HostGroup for PrivateGroup {
-    fn members(&self) -> &[EndpointId] {
-        &self.members
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        Ok(Arc::new(PrivateTable { calls: Arc::clone(&self.calls) }))
-    }
-
-    fn can_share(&self, _table: &dyn IoPageTable) -> bool {
-        false
-    }
-
-    fn attach(&self, _table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        Ok(())
-    }
-
-    fn block(&self) {}
-}
-
-#[derive(Debug)]
-struct PrivateTable {
-    calls: Arc<Calls>,
-}
-
-impl IoPageTable for PrivateTable {
-    fn map(&self, iova: IovaRange, _to: &[HostSegment], _access: Access) -> Result<(), MapError> {
-        self.calls.maps.fetch_add(1, Ordering::Relaxed);
-        self.calls.bytes.fetch_add(iova.length().unwrap(), Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
-        Ok(iova.length().unwrap())
-    }
-
-    fn constraints(&self) -> Result<Constraints, HostError> {
-        Ok(Constraints { usable: RangeSet::from(IovaRange::ALL), granule: PAGE })
-    }
-}
-
-/// A group that counts what is asked of the host behind it.
-#[derive(Debug)]
-struct CountedGroup {
-    host: Arc<dyn HostGroup>,
-    calls: Arc<Calls>,
-}
-
-/// A table that does.
-#[derive(Debug)]
-struct CountedTable {
-    table: Arc<dyn IoPageTable>,
-    calls: Arc<Calls>,
-}
-
-impl CountedTable {
-    fn of(table: &dyn IoPageTable) -> &Self {
-        let table: &dyn Any = table;
-        table.downcast_ref().expect("all tables are counted")
-    }
-}
-
-impl Calls {
-    fn change(&self) {
-        self.changes.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl HostGroup for CountedGroup {
-    fn members(&self) -> &[EndpointId] {
-        self.host.members()
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        self.calls.change();
-        Ok(Arc::new(CountedTable { table: self.host.new_table()?, calls: Arc::clone(&self.calls) }))
-    }
-
-    fn can_share(&self, table: &dyn IoPageTable) -> bool {
-        self.host.can_share(CountedTable::of(table).table.as_ref())
-    }
-
-    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        self.calls.change();
-        self.host.attach(&CountedTable::of(table.as_ref()).table)
-    }
-
-    fn block(&self) {
-        self.calls.change();
-        self.host.block();
-    }
-}
-
-impl IoPageTable for CountedTable {
-    fn map(&self, iova: IovaRange, to: &[HostSegment], access: Access) -> Result<(), MapError> {
-        self.calls.change();
-        self.table.map(iova, to, access)
-    }
-
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
-        self.calls.change();
-        self.table.unmap(iova)
-    }
-
-    fn constraints(&self) -> Result<Constraints, HostError> {
-        self.calls.questions.fetch_add(1, Ordering::Relaxed);
-        self.table.constraints()
-    }
+    (after[0] - before[0], after[1] - before[1])
 }

@@ -28,7 +28,8 @@ const REPLY: u64 = 0x80;
 const TAIL: u32 = 4;
 /// What a reply has in place of a status before there is one.
 const NO_STATUS: u8 = 0xff;
-const OK: u8 = 0;
+/// The status of a request that was done.
+pub const OK: u8 = 0;
 /// In a descriptor: another one follows; to be written.
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

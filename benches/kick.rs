@@ -21,8 +21,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::driver::{AVAILABLE, DESCRIPTORS, Driver, MEMORY_SIZE, Memory, QUEUE_SIZE, Request, USED};
+use crate::machine::{DOMAIN, ENDPOINT, LAST_INPUT, Ours, map};
 use crate::measure::{own_program, quantile};
-use crate::requests::{DOMAIN, ENDPOINT, LAST_INPUT, Ours, map};
 
 const QUEUE: usize = 0;
 const WARM_UP: usize = 200;

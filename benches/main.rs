@@ -22,6 +22,8 @@ mod agreement;
 mod attach;
 mod case;
 mod driver;
+mod environment;
+mod hosts;
 mod kick;
 mod machine;
 mod measure;

@@ -5,7 +5,7 @@
 use comfy_table::{CellAlignment, Table, presets::ASCII_MARKDOWN};
 use serde_json::{Map, Value};
 
-use crate::machine;
+use crate::environment;
 use crate::targets::{TARGETS, Target};
 
 /// Figures of cases, by name.
@@ -33,7 +33,7 @@ pub fn table(summary: &Summary) -> String {
 
 /// What is put into the documentation: the machine, the targets, and all figures.
 pub fn markdown(summary: &Summary) -> String {
-    let machine = draw(&["", ""], machine::facts().into_iter().map(|(name, value)| vec![name, value]));
+    let environment = draw(&["", ""], environment::facts().into_iter().map(|(name, value)| vec![name, value]));
     let targets = TARGETS.iter().filter_map(|target| {
         let figures = summary.get(target.case)?;
         let yardstick = summary.get(&format!("yardstick/{}", target.case));
@@ -43,7 +43,7 @@ pub fn markdown(summary: &Summary) -> String {
         Some(vec![target.case.to_owned(), unit.to_owned(), yardstick, value, target.describe(), met(target, figures)])
     });
     let targets = draw(&["", "in", "yardstick", "measured", "target", ""], targets);
-    format!("{machine}\n\n{targets}\n\n{}\n", table(summary))
+    format!("{environment}\n\n{targets}\n\n{}\n", table(summary))
 }
 
 fn draw(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
@@ -60,7 +60,12 @@ fn met(target: &Target, figures: &Value) -> String {
 }
 
 fn cell(figures: &Value, name: &str) -> String {
-    figures.get(name).and_then(Value::as_f64).map_or(String::new(), |value| format!("{value:.1}"))
+    let decimals = match name {
+        "calls" => 0,
+        "bytes" | "ratio" => 2,
+        _ => 1,
+    };
+    figures.get(name).and_then(Value::as_f64).map_or(String::new(), |value| format!("{value:.decimals$}"))
 }
 
 /// The median, and where most are if that is known.

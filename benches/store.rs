@@ -5,8 +5,8 @@
 use serde_json::{Value, json};
 
 use crate::case::{Layout, MAPPINGS, PAGE};
+use crate::machine::{Device, Machine, Ours, yardstick};
 use crate::measure::in_process_of_its_own;
-use crate::requests::{Device, Machine, Ours, yardstick};
 
 const NAME: &str = "store/bytes_per_mapping";
 const LAYOUTS: [(&str, Layout); 3] =

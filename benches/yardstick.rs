@@ -11,7 +11,7 @@ use vm_memory::Bytes;
 
 use crate::case::PAGE;
 use crate::driver::Memory;
-use crate::requests::Device;
+use crate::machine::Device;
 
 const ATTACH: u8 = 1;
 const MAP: u8 = 3;
@@ -71,17 +71,14 @@ impl Yardstick {
             }
         }
         let length: usize = writable.iter().map(|descriptor| descriptor.len() as usize).sum();
-        let (Some(kind), true) = (request.first(), length >= TAIL) else {
+        if length < TAIL {
+            return 0;
+        }
+        let Some(status) = self.status_of(&request) else {
             return 0;
         };
-        let result = match *kind {
-            ATTACH => self.attach(&request),
-            MAP => self.map(&request),
-            UNMAP => self.unmap(&request),
-            _ => return 0,
-        };
         let mut reply = vec![0; length];
-        reply[length - TAIL] = result.unwrap_or(INVALID);
+        reply[length - TAIL] = status;
         let mut left = &reply[..];
         for descriptor in writable {
             let (now, later) = left.split_at(descriptor.len() as usize);
@@ -91,6 +88,17 @@ impl Yardstick {
             left = later;
         }
         length as u32
+    }
+
+    /// Does what a request asks for; `None` if it is of an unknown kind.
+    fn status_of(&mut self, request: &[u8]) -> Option<u8> {
+        let result = match *request.first()? {
+            ATTACH => self.attach(request),
+            MAP => self.map(request),
+            UNMAP => self.unmap(request),
+            _ => return None,
+        };
+        Some(result.unwrap_or(INVALID))
     }
 
     /// The status; `None` for a request that is too short.
@@ -196,5 +204,9 @@ impl Device for Yardstick {
         }
         // Whether the driver wants to hear of it, as it is for the device beside it, which asks too.
         queue.needs_notification(memory).unwrap();
+    }
+
+    fn handle(&mut self, request: &[u8]) -> u8 {
+        self.status_of(request).expect("a request of a known kind")
     }
 }
