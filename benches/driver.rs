@@ -93,8 +93,8 @@ impl Driver {
         Self { memory, sent: 0, replies: Vec::new() }
     }
 
-    /// The device's side of its queue.
-    pub fn queue(&self) -> Queue {
+    /// The device's side of the queue that every driver has.
+    pub fn queue() -> Queue {
         let mut queue = Queue::new(QUEUE_SIZE).unwrap();
         queue.set_size(QUEUE_SIZE);
         queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);

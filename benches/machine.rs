@@ -38,6 +38,9 @@ pub trait Device {
 
     /// Handles a request without a queue; its status. For what is not measured, where there is much of it.
     fn handle(&mut self, request: &[u8]) -> u8;
+
+    /// How many mappings its domain has.
+    fn mappings(&mut self) -> usize;
 }
 
 /// The device of this crate.
@@ -82,6 +85,10 @@ impl Device for Ours {
         self.device.handle(request, &mut reply);
         reply[0]
     }
+
+    fn mappings(&mut self) -> usize {
+        self.device.save().domains[0].mappings.len()
+    }
 }
 
 /// A device, and the driver of a guest that has one endpoint in domain 1.
@@ -94,7 +101,7 @@ pub struct Machine<D> {
 impl<D: Device> Machine<D> {
     pub fn new(device: D) -> Self {
         let driver = Driver::new(Memory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap());
-        let mut machine = Self { device, queue: driver.queue(), driver };
+        let mut machine = Self { device, queue: Driver::queue(), driver };
         machine.send(&[Request::attach(DOMAIN, ENDPOINT)]);
         machine
     }

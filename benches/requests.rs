@@ -20,13 +20,21 @@ const FEW_ROUNDS: u64 = 512;
 const FEW: u64 = 1024;
 const MANY: u64 = 1 << 20;
 
-/// Requests of which each is measured, in batches, to a device with these mappings.
-fn batches<D: Device + 'static>(device: D, mapped: &[u64], requests: Vec<Request>, batch: usize) -> Work {
+/// Requests that are measured, in batches, to a device with these mappings, of which so many are there in the end.
+fn batches<D: Device + 'static>(
+    device: D,
+    mapped: &[u64],
+    requests: Vec<Request>,
+    batch: usize,
+    mappings_after: u64,
+) -> Work {
     let mut machine = Machine::with(device, mapped);
     Box::new(move |meter| {
         for requests in requests.chunks(batch) {
             machine.measure(requests, meter);
         }
+        // An UNMAP of nothing is answered with OK too.
+        assert_eq!(machine.device.mappings() as u64, mappings_after, "what is mapped after all requests");
     })
 }
 
@@ -34,7 +42,7 @@ fn batches<D: Device + 'static>(device: D, mapped: &[u64], requests: Vec<Request
 fn maps<D: Device + 'static>(device: D, layout: Layout, mappings: u64, rounds: u64, batch: usize) -> Work {
     let pages = layout.pages(mappings);
     let (before, measured) = pages.split_at((mappings - rounds) as usize);
-    batches(device, before, measured.iter().map(|page| map(*page)).collect(), batch)
+    batches(device, before, measured.iter().map(|page| map(*page)).collect(), batch, mappings)
 }
 
 /// UNMAPs of one page each, in another order than they were mapped in unless that is ascending.
@@ -44,7 +52,8 @@ fn unmaps<D: Device + 'static>(device: D, layout: Layout, mappings: u64, rounds:
     if layout != Layout::Sequential {
         Random(1).shuffle(&mut chosen);
     }
-    batches(device, &pages, chosen[..rounds as usize].iter().map(|page| unmap(*page)).collect(), batch)
+    let requests = chosen[..rounds as usize].iter().map(|page| unmap(*page)).collect();
+    batches(device, &pages, requests, batch, mappings - rounds)
 }
 
 /// A MAP and an UNMAP in turn: the number of mappings stays.
@@ -53,12 +62,13 @@ fn mixed<D: Device + 'static>(device: D, layout: Layout) -> Work {
     let (before, new) = pages.split_at(MAPPINGS as usize);
     let mut old = before.to_vec();
     Random(1).shuffle(&mut old);
-    batches(device, before, new.iter().zip(&old).flat_map(|(new, old)| [map(*new), unmap(*old)]).collect(), BATCH)
+    let requests = new.iter().zip(&old).flat_map(|(new, old)| [map(*new), unmap(*old)]).collect();
+    batches(device, before, requests, BATCH, MAPPINGS)
 }
 
 /// One UNMAP of everything.
 fn unmap_range<D: Device + 'static>(device: D, layout: Layout) -> Work {
-    batches(device, &layout.pages(MAPPINGS), vec![Request::unmap(DOMAIN, 0, LAST_INPUT)], 1)
+    batches(device, &layout.pages(MAPPINGS), vec![Request::unmap(DOMAIN, 0, LAST_INPUT)], 1, 0)
 }
 
 /// PROBEs of an endpoint with the regions that one on x86 has.
@@ -67,7 +77,7 @@ fn probes() -> Work {
     let regions = regions.map(|(range, kind)| ReservedRegion { range: range.parse().unwrap(), kind });
     let device = Ours::with_views(vec![(EndpointView::new(regions.to_vec()).unwrap(), software_group(ENDPOINT))]);
     let properties = Settings::new(IovaRange::ALL, PAGE).probe_size;
-    batches(device, &[], (0..ROUNDS).map(|_| Request::probe(ENDPOINT, properties)).collect(), BATCH)
+    batches(device, &[], (0..ROUNDS).map(|_| Request::probe(ENDPOINT, properties)).collect(), BATCH, 0)
 }
 
 /// The cases that the yardstick is measured by too.

@@ -209,4 +209,8 @@ impl Device for Yardstick {
     fn handle(&mut self, request: &[u8]) -> u8 {
         self.status_of(request).expect("a request of a known kind")
     }
+
+    fn mappings(&mut self) -> usize {
+        self.domain.as_ref().expect("a domain").mappings.len()
+    }
 }
