@@ -112,14 +112,12 @@ impl Layout {
 }
 
 /// A page of the TiB for each number: another one for another number, since each step can be undone.
-const fn scattered(number: u64) -> u64 {
+fn scattered(number: u64) -> u64 {
     const MASK: u64 = (1 << 28) - 1;
     let mut page = number & MASK;
-    let mut round = 0;
-    while round < 3 {
+    for _ in 0..3 {
         page = page.wrapping_mul(0x9e3_779b) & MASK;
         page ^= page >> 14;
-        round += 1;
     }
     page
 }

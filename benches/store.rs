@@ -12,7 +12,7 @@ const NAME: &str = "store/bytes_per_mapping";
 const LAYOUTS: [(&str, Layout); 3] =
     [("", Layout::Sequential), ("/shuffled", Layout::Dense), ("/sparse", Layout::Sparse)];
 const YARDSTICK: &str = "yardstick/";
-/// As many as a domain may have by default are twice that; it is enough for whole pages not to matter.
+/// Half of what a domain may have by default; enough for whole pages not to matter.
 const COUNT: u64 = MAPPINGS * 8;
 
 /// Each in a process of its own: memory that was freed before would be used first.
