@@ -28,10 +28,10 @@ pub fn check() {
     let mut done = 0;
     for _ in 0..REQUESTS {
         let (description, request) = any_request(&mut random);
-        let [ours, theirs] = [ours.statuses(&[request()]), theirs.statuses(&[request()])];
+        let [ours, theirs] = [ours.statuses(&[request()])[0], theirs.statuses(&[request()])[0]];
         assert_eq!(ours, theirs, "the device's answer and the yardstick's to {description}");
-        seen.extend(ours.iter().copied());
-        done += ours.iter().filter(|status| **status == OK).count();
+        seen.insert(ours);
+        done += usize::from(ours == OK);
     }
     assert!(seen.into_iter().eq(STATUSES), "not every answer was given");
     assert!(done > REQUESTS / 2, "only {done} requests were done");
