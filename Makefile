@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench fuzz soak sanitize
+.PHONY: all quick demo test check unit model hostvm features bench bench-docs fuzz soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -49,9 +49,16 @@ model:
 hostvm:
 	@sh tests/hostvm/run
 
-# What things cost, beside what others would; needs valgrind.
+# What things cost, beside what others would; needs valgrind. All of it, or those with a word in their names: ONLY=request/map.
 bench:
-	@$(CARGO) bench --quiet --features queue,translate --bench main
+	@$(CARGO) bench --quiet --features queue,translate,vhost-user --bench main -- --only "$(ONLY)"
+
+# Puts the figures of the last complete run of that into the documentation.
+bench-docs:
+	@test -f target/bench/report.md || { echo "bench-docs: run make bench first" >&2; exit 1; }
+	@sed -i -e '/^<!-- figures -->$$/,/^<!-- end of figures -->$$/{//!d}' -e '/^<!-- figures -->$$/r target/bench/report.md' \
+		docs/performance.md
+	@echo "bench-docs: OK, docs/performance.md has the figures of target/bench/report.md"
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use virtio_iommu::access::Access;
 
-use crate::translation::{Emulated, MAPPINGS, PAGE, locked_map, look_up, physical, range};
-use crate::{median, pages};
+use crate::case::{Layout, MAPPINGS, PAGE};
+use crate::measure::{in_process_of_its_own, median};
+use crate::store::resident;
+use crate::translation::{Emulated, locked_map, look_up, physical, range};
 
 const RUNS: usize = 7;
 const RUN: Duration = Duration::from_millis(300);
@@ -18,14 +20,25 @@ const RUN: Duration = Duration::from_millis(300);
 /// Reader threads, and whether a writer maps and unmaps beside them without pause.
 const SETTINGS: [(&str, usize, bool); 3] = [("1", 1, false), ("2", 2, false), ("1+writer", 1, true)];
 
-pub fn measure() -> Vec<(String, Value)> {
+/// What a mapping takes that was looked up: what a process grows by.
+pub const BYTES: &str = "translate/bytes_per_mapping/dense";
+
+pub fn measure(wanted: impl Fn(&str) -> bool) -> Vec<(String, Value)> {
     let mut figures = Vec::new();
-    for (kind, sparse) in [("dense", false), ("sparse", true)] {
-        let pages = pages(sparse, MAPPINGS);
+    if wanted(BYTES) {
+        let bytes: f64 = in_process_of_its_own(&["bytes", BYTES]).trim().parse().expect("a number");
+        figures.push((BYTES.to_owned(), json!({ "bytes": bytes })));
+    }
+    for (kind, layout) in [("dense", Layout::Dense), ("sparse", Layout::Sparse)] {
+        let settings = SETTINGS.iter().map(|setting| (format!("readers/{kind}/{}", setting.0), setting));
+        let settings: Vec<_> = settings.filter(|(name, _)| wanted(name)).collect();
+        if settings.is_empty() {
+            continue;
+        }
+        let pages = layout.pages(MAPPINGS);
         let emulated = Emulated::with(&pages);
         let map = locked_map(&pages);
-        for (name, readers, writer) in SETTINGS {
-            eprintln!("bench: readers/{kind}/{name}");
+        for (name, (_, readers, writer)) in settings {
             let read = |rounds: &[u64]| {
                 let pinned = emulated.translator.pin();
                 for page in rounds {
@@ -48,12 +61,12 @@ pub fn measure() -> Vec<(String, Value)> {
             // Both in turn, so that a change of the machine's speed is in both.
             let mut runs = [Vec::new(), Vec::new()];
             for _ in 0..RUNS {
-                runs[0].push(lookups(&pages, readers, writer, &read, &write));
-                runs[1].push(lookups(&pages, readers, writer, &read_map, &write_map));
+                runs[0].push(lookups(&pages, *readers, *writer, &read, &write));
+                runs[1].push(lookups(&pages, *readers, *writer, &read_map, &write_map));
             }
             let [ours, theirs] = runs.map(median);
-            figures.push((format!("readers/{kind}/{name}"), json!({ "millions_per_second": ours })));
-            figures.push((format!("readers/{kind}/{name}/btreemap"), json!({ "millions_per_second": theirs })));
+            figures.push((format!("{name}/btreemap"), json!({ "millions_per_second": theirs })));
+            figures.push((name, json!({ "millions_per_second": ours })));
         }
     }
     figures
@@ -104,13 +117,8 @@ fn lookups(
 
 /// What the process grows by, for each of many mappings that are all looked up. To be called before anything was freed.
 pub fn bytes_per_mapping() -> f64 {
-    let resident = || -> f64 {
-        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-        statm.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * PAGE as f64
-    };
     let count = MAPPINGS * 8;
-    let mut pages: Vec<u64> = (0..count).collect();
-    crate::Random(1).shuffle(&mut pages);
+    let pages = Layout::Dense.pages(count);
     let before = resident();
     let emulated = Emulated::with(&pages);
     let after = resident();

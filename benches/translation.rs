@@ -15,22 +15,28 @@ use virtio_iommu::translate::{EmulatedGroup, Limits, Translation, Translator};
 use vm_memory::iommu::{Error as IommuError, Iommu, Iotlb, IotlbIterator};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, IommuMemory, Permissions};
 
-use crate::{Case, Work, pages};
+use crate::case::{Case, Layout, MAPPINGS, PAGE};
 
-pub const PAGE: u64 = 0x1000;
-/// How many mappings there are.
-pub const MAPPINGS: u64 = 65536;
+/// Does something so many times.
+type Work = Box<dyn FnMut(u64)>;
+
 /// Guest memory is this large, and mapped over and over.
 const MEMORY_SIZE: u64 = 64 << 20;
 const ROUNDS: u64 = 200_000;
 
 pub fn cases() -> Vec<Case> {
-    let case = |name, set_up| Case { name, rounds: ROUNDS, set_up, without: None };
+    let case = |name, set_up: fn() -> Work| {
+        let set_up = move || -> crate::case::Work {
+            let mut work = set_up();
+            Box::new(move |meter| meter.measure(|| work(ROUNDS)))
+        };
+        Case::new(name, ROUNDS, set_up).repeatable()
+    };
     vec![
-        case("translate/dense", || translate(false)),
-        case("translate/dense/btreemap", || translate_by_map(false)),
-        case("translate/sparse", || translate(true)),
-        case("translate/sparse/btreemap", || translate_by_map(true)),
+        case("translate/dense", || translate(Layout::Dense)),
+        case("translate/dense/btreemap", || translate_by_map(Layout::Dense)),
+        case("translate/sparse", || translate(Layout::Sparse)),
+        case("translate/sparse/btreemap", || translate_by_map(Layout::Sparse)),
         case("translate/pin", pin),
         case("guest_memory/u64", read_by_translator),
         case("guest_memory/u64/iommu_memory", read_by_iommu_memory),
@@ -88,8 +94,8 @@ pub const fn physical(page: u64) -> u64 {
     page * PAGE % MEMORY_SIZE
 }
 
-fn translate(sparse: bool) -> Work {
-    let pages = pages(sparse, MAPPINGS);
+fn translate(layout: Layout) -> Work {
+    let pages = layout.pages(MAPPINGS);
     let emulated = Emulated::with(&pages);
     Box::new(move |rounds| {
         let pinned = emulated.translator.pin();
@@ -110,8 +116,8 @@ pub fn look_up(map: &RwLock<BTreeMap<u64, (u64, u64)>>, iova: u64) -> Option<u64
     (iova <= *last).then(|| target + (iova - start))
 }
 
-fn translate_by_map(sparse: bool) -> Work {
-    let pages = pages(sparse, MAPPINGS);
+fn translate_by_map(layout: Layout) -> Work {
+    let pages = layout.pages(MAPPINGS);
     let map = locked_map(&pages);
     Box::new(move |rounds| {
         for page in pages.iter().cycle().take(rounds as usize) {
@@ -134,7 +140,7 @@ fn memory() -> GuestMemoryMmap<()> {
 }
 
 fn read_by_translator() -> Work {
-    let pages = pages(true, MAPPINGS);
+    let pages = Layout::Sparse.pages(MAPPINGS);
     let emulated = Emulated::with(&pages);
     let physical = memory();
     Box::new(move |rounds| {
@@ -146,7 +152,7 @@ fn read_by_translator() -> Work {
 }
 
 fn read_plain() -> Work {
-    let pages = pages(true, MAPPINGS);
+    let pages = Layout::Sparse.pages(MAPPINGS);
     let memory = memory();
     Box::new(move |rounds| {
         for page in pages.iter().cycle().take(rounds as usize) {
@@ -173,7 +179,7 @@ impl Iommu for LockedIotlb {
 }
 
 fn read_by_iommu_memory() -> Work {
-    let pages = pages(true, MAPPINGS);
+    let pages = Layout::Sparse.pages(MAPPINGS);
     let mut iotlb = Iotlb::new();
     for page in &pages {
         let (iova, target) = (GuestAddress(page * PAGE), GuestAddress(physical(*page)));
