@@ -13,7 +13,7 @@ use vm_memory::{GuestMemory, GuestMemoryError};
 use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 
 mod chain;
-mod part;
+mod memory;
 mod ring;
 #[cfg(test)]
 mod tests;

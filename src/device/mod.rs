@@ -332,13 +332,7 @@ impl VirtioIommu {
         }
     }
 
-    fn answer(
-        &mut self,
-        kind: RequestKind,
-        request: Option<Request>,
-        status: Status,
-        writable: &mut [u8],
-    ) -> Progress {
+    fn answer(&mut self, kind: RequestKind, request: Option<Request>, status: Status, writable: &mut [u8]) -> Progress {
         self.statistics.count(kind, status);
         self.tracer.tell(&Exchange::Request { kind, request, status });
         let properties = match request {

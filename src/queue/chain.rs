@@ -3,9 +3,9 @@
 //! Descriptor chains.
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory};
 
-use super::part::{Part, Surroundings};
+use super::memory::{Memory, Part};
 use super::ring::Ring;
 use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 use crate::request::LARGEST_REPLY;
@@ -64,10 +64,10 @@ impl Chain {
                 if indirect.is_some() {
                     return Err(Malformed);
                 }
-                descriptor = indirect.insert(Table::indirect(&mut ring.readable, &descriptor)?).descriptor(0)?;
+                descriptor = indirect.insert(Table::indirect(&mut ring.memory, &descriptor)?).descriptor(0)?;
                 continue;
             }
-            self.add(&mut ring.readable, &descriptor)?;
+            self.add(&mut ring.memory, &descriptor)?;
             if !descriptor.has_next() {
                 return Ok(());
             }
@@ -76,11 +76,7 @@ impl Chain {
     }
 
     /// Adds a descriptor: what the device may read is read, what it may write is noted.
-    fn add<M: GuestMemory>(
-        &mut self,
-        memory: &mut Surroundings<'_, M>,
-        descriptor: &Descriptor,
-    ) -> Result<(), Malformed> {
+    fn add<M: GuestMemory>(&mut self, memory: &mut Memory<'_, M>, descriptor: &Descriptor) -> Result<(), Malformed> {
         let (start, length) = (descriptor.addr(), descriptor.len() as usize);
         // 2.7.5.2: no chain is longer than 2^32 bytes.
         self.length = self.length.checked_add(descriptor.len()).ok_or(Malformed)?;
@@ -130,7 +126,7 @@ impl Chain {
         let mut left = bytes;
         for buffer in &self.writable {
             let (now, later) = left.split_at(left.len().min(buffer.length));
-            ring.writable.write(buffer.start, now).ok()?;
+            ring.memory.write(buffer.start, now).ok()?;
             left = later;
         }
         u32::try_from(bytes.len() - left.len()).ok()
@@ -145,19 +141,19 @@ pub(super) struct Table<'m, M: GuestMemory> {
 
 impl<'m, M: GuestMemory> Table<'m, M> {
     /// The table of a queue of this size.
-    pub fn new(memory: &'m M, start: GuestAddress, count: u16) -> Self {
-        Self { part: Part::new(memory, start, usize::from(count) * DESCRIPTOR_SIZE, Permissions::Read), count }
+    pub fn new(memory: &mut Memory<'m, M>, start: GuestAddress, count: u16) -> Self {
+        Self { part: memory.part(start, usize::from(count) * DESCRIPTOR_SIZE), count }
     }
 
     /// The table that a descriptor refers to.
-    fn indirect(memory: &mut Surroundings<'m, M>, descriptor: &Descriptor) -> Result<Self, Malformed> {
+    fn indirect(memory: &mut Memory<'m, M>, descriptor: &Descriptor) -> Result<Self, Malformed> {
         let length = descriptor.len() as usize;
         let count = u16::try_from(length / DESCRIPTOR_SIZE).map_err(|_| Malformed)?;
         // 2.7.5.3: a table is made of whole descriptors.
         if length % DESCRIPTOR_SIZE != 0 {
             return Err(Malformed);
         }
-        Ok(Self { part: memory.part(descriptor.addr(), length), count })
+        Ok(Self::new(memory, descriptor.addr(), count))
     }
 
     fn descriptor(&self, index: u16) -> Result<Descriptor, Malformed> {

@@ -9,11 +9,11 @@ use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory};
 
 use super::QueueError;
 use super::chain::Table;
-use super::part::{Part, Surroundings};
+use super::memory::{Memory, Part};
 
 /// The flag in an available ring that asks for no interrupts (2.7.6).
 pub(super) const AVAIL_F_NO_INTERRUPT: u16 = 1;
@@ -34,10 +34,8 @@ pub(super) struct Ring<'m, M: GuestMemory> {
     event_idx: bool,
     /// The table of its descriptors.
     pub table: Table<'m, M>,
-    /// Where buffers are that the device may read.
-    pub readable: Surroundings<'m, M>,
-    /// Where buffers are that the device may write.
-    pub writable: Surroundings<'m, M>,
+    /// Where its buffers are.
+    pub memory: Memory<'m, M>,
     available: Part<'m, M>,
     used: Part<'m, M>,
     next_available: Wrapping<u16>,
@@ -73,17 +71,16 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
         }
         let size = queue.size();
         let entries = usize::from(size);
-        let part = |start: u64, length: usize, access| Part::new(memory, GuestAddress(start), length, access);
         let next_used = Wrapping(queue.next_used());
+        let mut memory = Memory::new(memory);
         Ok(Self {
             size,
             event_idx: queue.event_idx_enabled(),
-            table: Table::new(memory, GuestAddress(queue.desc_table()), size),
-            readable: Surroundings::new(memory, Permissions::Read),
-            writable: Surroundings::new(memory, Permissions::Write),
+            table: Table::new(&mut memory, GuestAddress(queue.desc_table()), size),
             // Both rings end in an index for notifications.
-            available: part(queue.avail_ring(), ENTRIES + entries * AVAILABLE_ENTRY + 2, Permissions::Read),
-            used: part(queue.used_ring(), ENTRIES + entries * USED_ENTRY + 2, Permissions::Write),
+            available: memory.part(GuestAddress(queue.avail_ring()), ENTRIES + entries * AVAILABLE_ENTRY + 2),
+            used: memory.part(GuestAddress(queue.used_ring()), ENTRIES + entries * USED_ENTRY + 2),
+            memory,
             next_available: Wrapping(queue.next_avail()),
             next_used,
             published: next_used,

@@ -303,8 +303,116 @@ fn a_chain_that_loops_ends() {
     mock.avail().idx().store(1u16.to_le());
     let mut queue: Queue = mock.create_queue().unwrap();
     let batch = Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
-    assert_eq!(batch.handled, 1);
-    assert_eq!(reply(&memory, 0, 8)[4..], [0xaa; 4], "only what is writable is written");
+    assert_eq!((batch.handled, used(&mock)), (1, vec![(0, 0)]));
+    assert_eq!(reply(&memory, 0, 8), [0xaa; 8]);
+}
+
+#[test]
+fn a_table_that_refers_to_a_table_comes_back_unwritten() {
+    let memory = memory();
+    let (_host, mut device) = device();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    memory.write_slice(&attach_bytes(8), GuestAddress(REQUESTS)).unwrap();
+    let table = 0x4_0000;
+    let indirect = descriptor(table, 32, INDIRECT, 0);
+    memory.write_obj(indirect, GuestAddress(table)).unwrap();
+    mock.desc_table().store(0, indirect).unwrap();
+    mock.avail().ring().ref_at(0).unwrap().store(0u16.to_le());
+    mock.avail().idx().store(1u16.to_le());
+    let mut queue: Queue = mock.create_queue().unwrap();
+    Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
+    assert_eq!(used(&mock), [(0, 0)]);
+    // In a table after a descriptor, it is read.
+    mock.desc_table().store(0, descriptor(REQUESTS, 20, NEXT, 1)).unwrap();
+    mock.desc_table().store(1, descriptor(table, 16, INDIRECT, 0)).unwrap();
+    memory.write_obj(descriptor(REPLIES, 4, WRITE, 0), GuestAddress(table)).unwrap();
+    mock.avail().ring().ref_at(1).unwrap().store(0u16.to_le());
+    mock.avail().idx().store(2u16.to_le());
+    Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
+    assert_eq!((used(&mock), reply(&memory, 0, 5)), (vec![(0, 0), (0, 4)], vec![0, 0, 0, 0, 0xaa]));
+}
+
+/// The rings and the buffers of a request, with a border of memory regions at every place that a field may start at.
+#[test]
+fn rings_and_buffers_may_lie_in_two_regions() {
+    let place = MockSplitQueue::new(&memory(), SIZE).used_addr().0 + 0x100;
+    let (request_at, reply_at) = (place, place + 0x40);
+    for border in (0x10..place + 0x80).step_by(2) {
+        let regions = [(GuestAddress(0), border as usize), (GuestAddress(border), 0x2000)];
+        let memory = Memory::from_ranges(&regions).unwrap();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        memory.write_slice(&attach_bytes(8), GuestAddress(request_at)).unwrap();
+        memory.write_slice(&[0xaa; 8], GuestAddress(reply_at)).unwrap();
+        let chain = [descriptor(request_at, 20, NEXT, 1), descriptor(reply_at, 4, WRITE, 0)];
+        mock.build_desc_chain(&chain).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        let batch = Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!((batch.handled, used(&mock)), (1, vec![(0, 4)]), "border at {border:#x}");
+        let mut reply = [0; 8];
+        memory.read_slice(&mut reply, GuestAddress(reply_at)).unwrap();
+        assert_eq!(reply, [0, 0, 0, 0, 0xaa, 0xaa, 0xaa, 0xaa], "border at {border:#x}");
+    }
+}
+
+#[test]
+fn the_driver_sees_what_was_answered_before_a_long_batch_ends() {
+    let memory = memory();
+    let (_host, mut device) = device();
+    let mock = MockSplitQueue::new(&memory, 64);
+    let descriptors: Vec<_> = (0..32).flat_map(|index| request(&memory, index, &attach_bytes(8), 4)).collect();
+    mock.build_multiple_desc_chains(&descriptors).unwrap();
+    // The same ones once more.
+    for slot in 0..64 {
+        mock.avail().ring().ref_at(slot).unwrap().store((slot as u16 % 32 * 2).to_le());
+    }
+    mock.avail().idx().store(64u16.to_le());
+    let mut queue: Queue = mock.create_queue().unwrap();
+    queue.set_used_ring_address(Some(0x8000), None);
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (sees, guest) = (Arc::clone(&seen), memory.clone());
+    device.on_exchange(move |_| sees.lock().unwrap().push(guest.read_obj::<u16>(GuestAddress(0x8002)).unwrap()));
+    let batch = Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
+    assert_eq!((batch.handled, memory.read_obj::<u16>(GuestAddress(0x8002)).unwrap()), (64, 64));
+    let seen = seen.lock().unwrap();
+    assert!((0..64).zip(&*seen).all(|(before, shown)| *shown <= before && before - *shown < 32), "{seen:?}");
+}
+
+#[test]
+fn what_was_answered_before_the_driver_broke_the_queue_is_returned() {
+    let memory = memory();
+    let (_host, mut device) = device();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    mock.build_multiple_desc_chains(&request(&memory, 0, &attach_bytes(8), 4)).unwrap();
+    mock.avail().ring().ref_at(1).unwrap().store((SIZE + 3).to_le());
+    mock.avail().idx().store(2u16.to_le());
+    let mut queue: Queue = mock.create_queue().unwrap();
+    let error = Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap_err();
+    assert!(matches!(error, QueueError::OutsideTable { head: 19, size: SIZE }), "{error}");
+    assert_eq!((used(&mock), reply(&memory, 0, 4)), (vec![(0, 4)], vec![0; 4]));
+    assert_eq!((queue.next_avail(), queue.next_used()), (1, 1));
+}
+
+/// 2.7.7.2: the device notifies when the used index passes the one that the driver asked for, in whatever group it was published.
+#[test]
+fn a_driver_is_notified_when_the_event_it_asked_for_is_passed() {
+    for (asked, expected) in [(0, true), (4, true), (5, false), (40, false), (u16::MAX, false)] {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let descriptors: Vec<_> = (0..5).flat_map(|index| request(&memory, index, &attach_bytes(8), 4)).collect();
+        mock.build_multiple_desc_chains(&descriptors).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        queue.set_event_idx(true);
+        // The mock's used ring lies over the end of the available one.
+        queue.set_used_ring_address(Some(0x8000), None);
+        let used_event = mock.avail_addr().0 + 4 + 2 * u64::from(SIZE);
+        memory.write_obj(u16::to_le(asked), GuestAddress(used_event)).unwrap();
+        let batch = Requests::default().process(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!(batch, Batch { handled: 5, more: false, notify: expected }, "asked for {asked}");
+        let avail_event: u16 = memory.read_obj(GuestAddress(queue.used_ring() + 4 + 8 * u64::from(SIZE))).unwrap();
+        assert_eq!(avail_event, 5, "the next buffer is asked for");
+    }
 }
 
 #[test]
