@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench fuzz soak sanitize
+.PHONY: all quick demo test check unit model hostvm features bench felt fuzz soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -52,6 +52,10 @@ hostvm:
 # What things cost, beside what others would; needs valgrind.
 bench:
 	@$(CARGO) bench --quiet --features queue,translate --bench main
+
+# What a guest with an assigned disk feels, beside QEMU's own virtio-iommu, in the host VM.
+felt:
+	@sh tests/hostvm/felt
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)
