@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench bench-docs fuzz soak sanitize
+.PHONY: all quick demo test check unit model hostvm features bench bench-docs felt fuzz soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -59,6 +59,10 @@ bench-docs:
 	@sed -i -e '/^<!-- figures -->$$/,/^<!-- end of figures -->$$/{//!d}' -e '/^<!-- figures -->$$/r target/bench/report.md' \
 		docs/performance.md
 	@echo "bench-docs: OK, docs/performance.md has the figures of target/bench/report.md"
+
+# What a guest with an assigned disk feels, beside QEMU's own virtio-iommu, in the host VM.
+felt:
+	@sh tests/hostvm/felt
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)

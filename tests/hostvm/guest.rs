@@ -2,7 +2,7 @@
 
 //! A stock Linux guest under a stock QEMU, with a disk assigned to it, behind the daemon.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -20,7 +20,7 @@ use virtio_iommu::reserved::facts::FactsFile;
 
 use crate::daemon::{Daemon, inheritable, must_exist};
 use crate::inspect::facts_of;
-use crate::pci::{NVME, bind_to_vfio, dma_faults, find, open, open_vfio, reserved_regions};
+use crate::pci::{NVME, bind_to_vfio, boot_word, dma_faults, find, open, open_vfio, reserved_regions};
 
 const QMP: &str = "/tmp/qmp.sock";
 
@@ -173,7 +173,8 @@ fn qemu(daemon: &Daemon, iommufd: &File, device: &File, memory: u32, append: &st
     command
 }
 
-fn read_console(console: impl Read + Send + 'static) -> Receiver<String> {
+/// The lines of a console, as they come.
+pub fn read_console(console: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut lines = BufReader::new(console);
@@ -190,8 +191,7 @@ fn read_console(console: impl Read + Send + 'static) -> Receiver<String> {
 
 /// The sum of the first 16 MiB of the disk's image, as it was taken outside of the host VM.
 pub fn image_md5() -> String {
-    let line = fs::read_to_string("/proc/cmdline").unwrap();
-    line.split_whitespace().find_map(|word| word.strip_prefix("hostvm.md5=")).unwrap().to_owned()
+    boot_word("hostvm.md5").unwrap()
 }
 
 /// QEMU's control connection.

@@ -9,12 +9,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod calls;
 mod check;
+mod contender;
 mod costs;
 mod daemon;
 mod demo;
 mod edu;
 mod embedded;
+mod felt;
 mod guest;
 mod inspect;
 mod leaving;

@@ -15,18 +15,30 @@ pub const EDU: (&str, &str) = ("0x1234", "0x11e8");
 /// Of its disk.
 pub const NVME: (&str, &str) = ("0x1b36", "0x0010");
 
-/// Which of its IOMMUs the host VM was booted with: vtd, amd, virtio, or rmrr.
+/// Which of its IOMMUs the host VM was booted with, as `tests/hostvm/vm` names them.
 pub fn host_iommu() -> String {
+    boot_word("hostvm.iommu").unwrap()
+}
+
+/// The value of a word on the host VM's command line.
+pub fn boot_word(name: &str) -> Option<String> {
     let line = fs::read_to_string("/proc/cmdline").unwrap();
-    line.split_whitespace().find_map(|word| word.strip_prefix("hostvm.iommu=")).unwrap().to_owned()
+    line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')).map(ToOwned::to_owned)
 }
 
 /// The first device of a kind.
-pub fn find((vendor, device): (&str, &str)) -> PciAddress {
-    let names = fs::read_dir("/sys/bus/pci/devices").unwrap().map(|entry| entry.unwrap().path());
+pub fn find(kind: (&str, &str)) -> PciAddress {
+    *find_all(kind).first().expect("the host VM has the device")
+}
+
+/// The devices of a kind, by address.
+pub fn find_all((vendor, device): (&str, &str)) -> Vec<PciAddress> {
+    let paths = fs::read_dir("/sys/bus/pci/devices").unwrap().map(|entry| entry.unwrap().path());
     let is = |path: &Path, file: &str, value: &str| fs::read_to_string(path.join(file)).unwrap().trim() == value;
-    let found = names.into_iter().find(|path| is(path, "vendor", vendor) && is(path, "device", device));
-    found.expect("the host VM has the device").file_name().unwrap().to_str().unwrap().parse().unwrap()
+    let found = paths.filter(|path| is(path, "vendor", vendor) && is(path, "device", device));
+    let mut found: Vec<_> = found.map(|path| path.file_name().unwrap().to_str().unwrap().parse().unwrap()).collect();
+    found.sort_unstable();
+    found
 }
 
 /// Binds a device to vfio-pci, from whatever driver it has.
