@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, Listener, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_iommu::queue::Polling;
 use virtio_iommu::spec::feature::RING_EVENT_IDX;
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
@@ -158,8 +159,10 @@ fn set_up(frontend: &mut Frontend, memory: &Memory, kick: &EventFd) {
 
 /// Serves a device on a socket until its front end is gone.
 pub fn serve(socket: &Path) {
-    let backend =
-        Arc::new(IommuBackend::new(Ours::in_software().device, BackendOptions { on_stop: OnStop::Keep }).unwrap());
+    let backend = Arc::new(
+        IommuBackend::new(Ours::in_software().device, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Auto })
+            .unwrap(),
+    );
     let mut listener = Listener::from(UnixListener::bind(socket).unwrap());
     let mut daemon = backend.daemon("bench").unwrap();
     daemon.start(&mut listener).unwrap();

@@ -7,6 +7,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::QueueT;
 use vm_memory::{GuestMemory, GuestMemoryError};
 
@@ -14,12 +16,15 @@ use crate::device::{Progress, UnfinishedMap, VirtioIommu};
 
 mod chain;
 mod memory;
+mod polling;
 mod ring;
 #[cfg(test)]
 mod tests;
 
 use chain::Chain;
 use ring::Ring;
+
+pub use polling::{ParsePollingError, Polling, Watch};
 
 /// What a batch of buffers came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,7 +85,34 @@ impl Requests {
         memory: &M,
         budget: usize,
     ) -> Result<Batch, QueueError> {
-        let (batch, notify) = Ring::for_batch(queue, memory, |ring| self.serve(device, ring, budget))?;
+        self.process_with(device, queue, memory, budget, true)
+    }
+
+    /// Like [`process`](Self::process), but leaves kicks suppressed: for a caller that goes on watching the queue
+    /// ([`has_requests`]), and calls `process` before it waits for a kick.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`], as for `process`.
+    pub fn process_quietly<Q: QueueT, M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        queue: &mut Q,
+        memory: &M,
+        budget: usize,
+    ) -> Result<Batch, QueueError> {
+        self.process_with(device, queue, memory, budget, false)
+    }
+
+    fn process_with<Q: QueueT, M: GuestMemory>(
+        &mut self,
+        device: &mut VirtioIommu,
+        queue: &mut Q,
+        memory: &M,
+        budget: usize,
+        kicks: bool,
+    ) -> Result<Batch, QueueError> {
+        let (batch, notify) = Ring::for_batch(queue, memory, |ring| self.serve(device, ring, budget, kicks))?;
         Ok(Batch { notify, ..batch })
     }
 
@@ -89,6 +121,7 @@ impl Requests {
         device: &mut VirtioIommu,
         ring: &mut Ring<'_, M>,
         budget: usize,
+        kicks: bool,
     ) -> Result<Batch, QueueError> {
         let mut batch = Batch::default();
         let mut rounds = 0;
@@ -105,6 +138,9 @@ impl Requests {
             }
             // The driver may be waiting for these before it sends more.
             ring.publish()?;
+            if !kicks {
+                return Ok(batch);
+            }
             ring.enable_kicks()?;
             if ring.available()? == 0 {
                 return Ok(batch);
@@ -160,6 +196,12 @@ impl Requests {
             }
         }
     }
+}
+
+/// Whether there is something to [process](Requests::process) in a request queue. Cheap enough to be asked over and over.
+pub fn has_requests<Q: QueueT, M: GuestMemory>(queue: &Q, memory: &M) -> bool {
+    // What is wrong with the queue is found by whoever processes it.
+    queue.avail_idx(memory, Ordering::Acquire).map_or(true, |index| index.0 != queue.next_avail())
 }
 
 /// Gives the guest the fault events that wait, as far as it has provided buffers, of which no more than `budget` are

@@ -19,6 +19,7 @@ use virtio_iommu::access::Access;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::fake::{Attachment, FakeHost, Flavour};
 use virtio_iommu::id::EndpointId;
+use virtio_iommu::queue::Polling;
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
@@ -53,7 +54,7 @@ impl Bench {
         let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
         let settings = Settings { boot_bypass, map_step: MAP_STEP, ..Settings::new(input_range, 0x1000) };
         let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
-        let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop }).unwrap());
+        let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop, polling: Polling::Auto }).unwrap());
 
         let (daemon, machine) = serve(&backend);
         Self { host, backend, machine: Some(machine), daemon }
@@ -370,7 +371,8 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
     let settings = Settings { boot_bypass: false, ..Settings::new("0-7fffffffff".parse().unwrap(), 0x1000) };
     let views = vec![(ID, EndpointView::new(Vec::new()).unwrap())];
     let device = VirtioIommu::new(settings, views, vec![Arc::clone(&group) as _]).unwrap();
-    let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep }).unwrap());
+    let backend =
+        Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off }).unwrap());
     group.on_refused(backend.waker());
 
     let (daemon, mut machine) = serve(&backend);

@@ -37,6 +37,7 @@ use vhost_user_backend::Error as ConnectionError;
 use virtio_iommu::causes::with_causes;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::id::{EndpointId, PciAddress};
+use virtio_iommu::queue::Polling;
 use virtio_iommu::reserved::plan::X86_MSI;
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
 use virtio_iommu::topology::viot::{self, PciFunctions};
@@ -75,7 +76,8 @@ fn run(directory: &Path, qemu: &OsString, mut arguments: Vec<OsString>) -> Resul
     let endpoint = EndpointId::from(DEVICE.parse::<PciAddress>()?);
     let (device, group) = device(endpoint)?;
     let translator = group.translator(endpoint).ok_or("the endpoint is not in its group")?;
-    let backend = Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep })?);
+    let backend =
+        Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Auto })?);
     // A fault is delivered when it happens, not with the next request.
     group.on_refused(backend.waker());
     let function = Function::new(Edu::new(Bus::new(translator, backend.memory().clone())));

@@ -88,15 +88,17 @@
 
 use std::fmt;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::VirtioIommu;
-use crate::queue::{Batch, QueueError, Requests, deliver_faults};
+use crate::queue::{Batch, Polling, QueueError, Requests, Watch, deliver_faults, has_requests};
 use crate::spec::{self, config};
 
 #[cfg(feature = "event-manager")]
@@ -135,6 +137,7 @@ pub struct EmbeddedIommu<M> {
     acknowledged: u64,
     queues: Option<[Queue; spec::QUEUE_COUNT as usize]>,
     requests: Requests,
+    watch: Watch,
 }
 
 impl<M: GuestAddressSpace> EmbeddedIommu<M> {
@@ -149,8 +152,15 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
     pub fn new(device: VirtioIommu, memory: M, transport: Arc<dyn Transport>) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let (kicks, wake) = ([event()?, event()?], Arc::new(event()?));
-        let requests = Requests::default();
-        Ok(Self { device, memory, transport, kicks, wake, acknowledged: 0, queues: None, requests })
+        let (requests, watch) = (Requests::default(), Watch::new(Polling::Off, 1));
+        Ok(Self { device, memory, transport, kicks, wake, acknowledged: 0, queues: None, requests, watch })
+    }
+
+    /// Has the request queue watched after work, so that the next request needs no kick; it is not, by default. A kick then takes the
+    /// loop's thread, and whatever lock the VMM keeps this behind, for a millisecond at most beyond what its requests take.
+    pub fn set_polling(&mut self, polling: Polling) {
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.watch = Watch::new(polling, cpus);
     }
 
     /// The device itself: to tell it of memory, to add and remove endpoints, to save and restore it.
@@ -275,19 +285,54 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
         self.acknowledged = 0;
     }
 
-    /// The request queue was kicked. Handles up to `budget` requests; for the rest, the file is readable again.
+    /// The request queue was kicked. Handles up to `budget` requests at a time; for the rest, the file is readable again.
     pub fn on_request_kick(&mut self, budget: usize) {
         let [requests, _] = &self.kicks;
         // Nothing to read means that it was read before.
         let _ = requests.read();
-        let memory = self.memory.memory();
-        if let Some([queue, _]) = &mut self.queues {
-            let result = self.requests.process(&mut self.device, queue, &*memory, budget);
-            if self.conclude(spec::REQUEST_QUEUE, result) {
+        self.watch.woken(Instant::now());
+        loop {
+            let quietly = self.watch.is_on();
+            if self.serve_requests(budget, quietly) {
+                self.look_again();
+                break;
+            }
+            if self.watch.until(Instant::now()).is_some_and(|until| self.sees_request(until)) {
+                continue;
+            }
+            // From here on the driver kicks; what came before that is served.
+            if quietly && self.serve_requests(budget, false) {
                 self.look_again();
             }
+            break;
         }
         self.deliver_events(budget);
+    }
+
+    /// Handles requests; whether there are more.
+    fn serve_requests(&mut self, budget: usize, quietly: bool) -> bool {
+        let memory = self.memory.memory();
+        let Some([queue, _]) = &mut self.queues else { return false };
+        let result = if quietly {
+            self.requests.process_quietly(&mut self.device, queue, &*memory, budget)
+        } else {
+            self.requests.process(&mut self.device, queue, &*memory, budget)
+        };
+        self.conclude(spec::REQUEST_QUEUE, result)
+    }
+
+    /// Watches the request queue until a request is there, or the time is over.
+    fn sees_request(&self, until: Instant) -> bool {
+        let Some([queue, _]) = &self.queues else { return false };
+        let memory = self.memory.memory();
+        while Instant::now() < until {
+            if has_requests(queue, &*memory) {
+                return true;
+            }
+            // The virtual CPU that sends the request may be waiting for this one.
+            std::thread::yield_now();
+        }
+        false
     }
 
     /// The event queue was kicked. (Linux does not: its buffers are looked for when there is an event.)

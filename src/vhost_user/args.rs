@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 
 use super::backend::OnStop;
 use crate::id::{EndpointId, PciAddress};
+use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
 
 /// A virtio-iommu device as a vhost-user backend.
@@ -53,6 +54,11 @@ pub struct Arguments {
     /// devices after a reboot, and gives up pausing.
     #[arg(long, value_name = "keep|reset", default_value = "keep")]
     pub on_stop: OnStop,
+
+    /// How long to watch the request ring after work, in microseconds, so that the next request needs no kick; at most 1000. `auto`
+    /// is as long as it is worth it, up to 200, and 0 for a guest that is idle.
+    #[arg(long, value_name = "auto|N|0", default_value = "auto")]
+    pub poll_us: Polling,
 
     /// Offer `VIRTIO_F_ACCESS_PLATFORM`: for machines that translate or restrict the device's own memory accesses.
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 //! The device behind vhost-user messages and rings.
 
+use std::num::NonZero;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +22,7 @@ use super::throttle::{Pass, Throttle};
 use crate::device::{Statistics, VirtioIommu};
 use crate::id::EndpointId;
 use crate::memory::GuestRam;
-use crate::queue::{Batch, QueueError, Requests, deliver_faults};
+use crate::queue::{Batch, Polling, QueueError, Requests, Watch, deliver_faults, has_requests};
 use crate::spec;
 
 /// The largest queue that a frontend may ask for.
@@ -49,6 +50,8 @@ pub enum OnStop {
 pub struct BackendOptions {
     /// What happens when the frontend stops the rings.
     pub on_stop: OnStop,
+    /// Whether the request ring is watched after work, so that the next request needs no kick.
+    pub polling: Polling,
 }
 
 /// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring. Under the state's
@@ -56,6 +59,8 @@ pub struct BackendOptions {
 pub struct IommuBackend {
     options: BackendOptions,
     memory: Memory,
+    /// Of the thread that serves the rings.
+    watch: Mutex<Watch>,
     state: Mutex<State>,
     exit: (EventConsumer, EventNotifier),
     again: (EventConsumer, Arc<EventNotifier>),
@@ -101,7 +106,9 @@ impl IommuBackend {
         };
         let (again, notifier) = pair()?;
         let again = (again, Arc::new(notifier));
-        Ok(Self { options, memory, state: Mutex::new(state), exit: pair()?, again })
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let watch = Mutex::new(Watch::new(options.polling, cpus));
+        Ok(Self { options, memory, watch, state: Mutex::new(state), exit: pair()?, again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -150,10 +157,32 @@ impl IommuBackend {
         self.finish(state);
     }
 
+    /// Serves the rings until there is nothing to do, and goes on watching the request ring as long as that is worth it.
     fn serve_rings(&self, requests: &Vring, events: &Vring) {
+        let mut watch = self.watch.lock();
+        watch.woken(Instant::now());
+        loop {
+            let quietly = watch.is_on();
+            if !self.serve_batch(requests, events, quietly) {
+                return;
+            }
+            let until = watch.until(Instant::now());
+            if until.is_some_and(|until| self.sees_request(requests, until)) {
+                continue;
+            }
+            if quietly {
+                // From here on the driver kicks; what came before that is served.
+                self.serve_batch(requests, events, false);
+            }
+            return;
+        }
+    }
+
+    /// Serves what is in the rings. Whether that was all; if not, it goes on from the event loop.
+    fn serve_batch(&self, requests: &Vring, events: &Vring, quietly: bool) -> bool {
         let mut state = self.state.lock();
         state.request_ring.vring.get_or_insert_with(|| requests.clone());
-        let handled = self.serve_requests(&mut state, &mut requests.get_mut());
+        let handled = self.serve_requests(&mut state, &mut requests.get_mut(), quietly);
         let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
@@ -161,9 +190,30 @@ impl IommuBackend {
         MutexGuard::unlock_fair(state);
         notify(handled.notify.then_some(requests));
         notify(delivered.notify.then_some(events));
-        if handled.more || delivered.more {
+        let more = handled.more || delivered.more;
+        if more {
             self.look_again();
         }
+        !more
+    }
+
+    /// Watches the request ring until a request is there, or the time is over. Nothing is locked in between: the frontend can stop
+    /// the ring, or change memory, at any moment.
+    fn sees_request(&self, requests: &Vring, until: Instant) -> bool {
+        while Instant::now() < until {
+            let vring = requests.get_ref();
+            let queue = vring.get_queue();
+            if !queue.ready() || !vring.is_enabled() {
+                return false;
+            }
+            if has_requests(queue, &*self.memory.memory()) {
+                return true;
+            }
+            drop(vring);
+            // The virtual CPU that sends the request may be waiting for this one.
+            std::thread::yield_now();
+        }
+        false
     }
 
     /// Has the rings looked at again from the event loop.
@@ -182,7 +232,7 @@ impl IommuBackend {
         }
     }
 
-    fn serve_requests(&self, state: &mut State, vring: &mut VringState<Memory>) -> Batch {
+    fn serve_requests(&self, state: &mut State, vring: &mut VringState<Memory>, quietly: bool) -> Batch {
         if !vring.get_queue().ready() || !vring.is_enabled() {
             return Batch::default();
         }
@@ -192,7 +242,12 @@ impl IommuBackend {
             return Batch::default();
         }
         let State { device, request_ring, .. } = &mut *state;
-        let result = request_ring.requests.process(device, vring.get_queue_mut(), &*memory, BUDGET);
+        let (requests, queue) = (&mut request_ring.requests, vring.get_queue_mut());
+        let result = if quietly {
+            requests.process_quietly(device, queue, &*memory, BUDGET)
+        } else {
+            requests.process(device, queue, &*memory, BUDGET)
+        };
         request_ring.last = Some(Position::of(vring.get_queue()));
         result.unwrap_or_else(|error| {
             state.request_queue_broke(&error);

@@ -85,7 +85,7 @@ type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
 
 fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), ServeError> {
     let BuiltDevice { device, nodes } = build_device(arguments)?;
-    let options = BackendOptions { on_stop: arguments.on_stop };
+    let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
 
     if !nodes.is_empty() {
