@@ -61,7 +61,13 @@ pub enum QueueError {
     NotReady,
     /// The rings are not in guest memory.
     #[error("a ring cannot be accessed")]
-    Ring(#[from] GuestMemoryError),
+    Ring(#[from] virtio_queue::Error),
+}
+
+impl From<GuestMemoryError> for QueueError {
+    fn from(error: GuestMemoryError) -> Self {
+        Self::Ring(virtio_queue::Error::GuestMemory(error))
+    }
 }
 
 /// The request queue's device side: the request that is under way, if any.
@@ -177,12 +183,11 @@ impl Requests {
 
     /// Takes a step of the request that is under way, or of the next one; whether it was returned.
     fn step<M: GuestMemory>(&mut self, device: &mut VirtioIommu, ring: &mut Ring<'_, M>) -> Result<bool, QueueError> {
-        let (head, progress) = match self.unfinished.take() {
-            Some((head, map)) => (head, self.chain.go_on(device, map)),
-            None => {
-                let head = ring.take()?;
-                (head, self.chain.begin(device, ring, head))
-            }
+        let (head, progress) = if let Some((head, map)) = self.unfinished.take() {
+            (head, self.chain.go_on(device, map))
+        } else {
+            let head = ring.take()?;
+            (head, self.chain.begin(device, ring, head))
         };
         match progress {
             Progress::Answered { used } => {

@@ -325,14 +325,14 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
     fn sees_request(&self, until: Instant) -> bool {
         let Some([queue, _]) = &self.queues else { return false };
         let memory = self.memory.memory();
-        while Instant::now() < until {
-            if has_requests(queue, &*memory) {
-                return true;
+        while !has_requests(queue, &*memory) {
+            if Instant::now() >= until {
+                return false;
             }
             // The virtual CPU that sends the request may be waiting for this one.
             std::thread::yield_now();
         }
-        false
+        true
     }
 
     /// The event queue was kicked. (Linux does not: its buffers are looked for when there is an event.)

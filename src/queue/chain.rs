@@ -150,7 +150,7 @@ impl<'m, M: GuestMemory> Table<'m, M> {
         let length = descriptor.len() as usize;
         let count = u16::try_from(length / DESCRIPTOR_SIZE).map_err(|_| Malformed)?;
         // 2.7.5.3: a table is made of whole descriptors.
-        if length % DESCRIPTOR_SIZE != 0 {
+        if !length.is_multiple_of(DESCRIPTOR_SIZE) {
             return Err(Malformed);
         }
         Ok(Self::new(memory, descriptor.addr(), count))

@@ -178,6 +178,33 @@ fn a_driver_that_wants_no_interrupt_gets_none() {
 }
 
 #[test]
+fn kicks_stay_suppressed_for_a_caller_that_goes_on_watching() {
+    for event_idx in [false, true] {
+        let memory = memory();
+        let (_host, mut device) = device();
+        let mock = MockSplitQueue::new(&memory, SIZE);
+        let descriptors: Vec<_> = (0..2).flat_map(|index| request(&memory, index, &attach_bytes(8), 4)).collect();
+        mock.build_multiple_desc_chains(&descriptors).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        queue.set_event_idx(event_idx);
+        queue.set_used_ring_address(Some(0x8000), None);
+        let wish = if event_idx { 0x8000 + 4 + 8 * u64::from(SIZE) } else { 0x8000 };
+        let wish = || memory.read_obj::<u16>(GuestAddress(wish)).unwrap();
+        let mut requests = Requests::default();
+        assert!(has_requests(&queue, &memory));
+        let batch = requests.process_quietly(&mut device, &mut queue, &memory, 64).unwrap();
+        assert_eq!((batch.handled, batch.more, wish()), (2, false, u16::from(!event_idx)), "{event_idx}");
+        assert!(!has_requests(&queue, &memory));
+        assert_eq!(requests.process(&mut device, &mut queue, &memory, 64).unwrap(), Batch::default());
+        assert_eq!(wish(), if event_idx { 2 } else { 0 }, "{event_idx}");
+    }
+    let memory = memory();
+    let mut queue: Queue = MockSplitQueue::new(&memory, SIZE).create_queue().unwrap();
+    queue.set_avail_ring_address(Some(0xffff_f000), Some(0xffff));
+    assert!(has_requests(&queue, &memory), "whoever processes it finds what is wrong");
+}
+
+#[test]
 fn the_budget_bounds_a_batch() {
     let memory = memory();
     let (_host, mut device) = device();

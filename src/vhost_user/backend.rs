@@ -200,7 +200,7 @@ impl IommuBackend {
     /// Watches the request ring until a request is there, or the time is over. Nothing is locked in between: the frontend can stop
     /// the ring, or change memory, at any moment.
     fn sees_request(&self, requests: &Vring, until: Instant) -> bool {
-        while Instant::now() < until {
+        loop {
             let vring = requests.get_ref();
             let queue = vring.get_queue();
             if !queue.ready() || !vring.is_enabled() {
@@ -210,10 +210,12 @@ impl IommuBackend {
                 return true;
             }
             drop(vring);
+            if Instant::now() >= until {
+                return false;
+            }
             // The virtual CPU that sends the request may be waiting for this one.
             std::thread::yield_now();
         }
-        false
     }
 
     /// Has the rings looked at again from the event loop.

@@ -205,6 +205,16 @@ impl Machine {
 
     /// Sends a request.
     pub fn post(&mut self, request: &[u8], writable: u32) {
+        self.post_quietly(request, writable);
+        self.kick();
+    }
+
+    pub fn kick(&self) {
+        self.kicks[0].write(1).unwrap();
+    }
+
+    /// Makes a request available without a kick.
+    pub fn post_quietly(&mut self, request: &[u8], writable: u32) {
         self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
         self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(REPLY)).unwrap();
         let descriptors =
@@ -217,7 +227,6 @@ impl Machine {
         self.available = self.available.wrapping_add(1);
         let order = std::sync::atomic::Ordering::Release;
         self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();
-        self.kicks[0].write(1).unwrap();
     }
 
     /// Waits for the answer to a request; `None` if there is none in two seconds.
