@@ -62,7 +62,7 @@ bench-docs:
 
 # What a guest with an assigned disk feels, beside QEMU's own virtio-iommu, in the host VM.
 felt:
-	@sh tests/hostvm/felt
+	@sh tests/hostvm/felt --poll-us=0 --poll-us=auto
 
 # Sequences of requests with a failure at each call of the kernel, for so many seconds.
 soak: export SOAK_SECONDS = $(SECONDS)

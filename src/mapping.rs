@@ -42,6 +42,12 @@ impl Mapping {
         ram.segments(self.physical, self.iova.length()?)
     }
 
+    /// Puts [`segments`](Self::segments) in the place of whatever is there; whether there are any.
+    pub fn put_segments(&self, ram: &GuestRam, segments: &mut Vec<HostSegment>) -> bool {
+        let length = self.iova.length().filter(|_| !self.access.is_none());
+        length.is_some_and(|length| ram.put_segments(self.physical, length, segments))
+    }
+
     /// How many bytes of it host page tables reach: all or none.
     pub fn bytes_on_host(&self, ram: &GuestRam) -> Option<u64> {
         let length = self.iova.length().filter(|_| !self.access.is_none())?;

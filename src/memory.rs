@@ -107,8 +107,14 @@ impl GuestRam {
     /// The pieces that make up a range of guest-physical addresses, in order; `None` unless every byte is RAM.
     pub fn segments(&self, start: GuestAddress, length: u64) -> Option<Vec<HostSegment>> {
         let mut segments = Vec::new();
+        self.put_segments(start, length, &mut segments).then_some(segments)
+    }
+
+    /// Puts the pieces that make up a range of guest-physical addresses in the place of whatever is in `segments`; whether every
+    /// byte is RAM.
+    pub(crate) fn put_segments(&self, start: GuestAddress, length: u64, segments: &mut Vec<HostSegment>) -> bool {
+        segments.clear();
         self.walk(start, length, |region, offset, length| segments.push(region.segment(offset, length)))
-            .then_some(segments)
     }
 
     /// Whether every byte of a range of guest-physical addresses is RAM.

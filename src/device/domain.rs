@@ -86,8 +86,9 @@ impl AddressSpace {
         }
         let table = host.new_table()?;
         if !table.in_software() {
+            let mut segments = Vec::new();
             for mapping in self.mappings.iter() {
-                if let Some(segments) = mapping.segments(ram) {
+                if mapping.put_segments(ram, &mut segments) {
                     // A table that fails half-way is dropped, and what it mapped with it.
                     table.map(mapping.iova, &segments, mapping.access).map_err(HostError::from)?;
                 }

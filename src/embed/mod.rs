@@ -157,7 +157,7 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
     }
 
     /// Has the request queue watched after work, so that the next request needs no kick; it is not, by default. A kick then takes the
-    /// loop's thread, and whatever lock the VMM keeps this behind, for a millisecond at most beyond what its requests take.
+    /// loop's thread, and whatever lock the VMM keeps this behind, for up to ten times as long as the queue is watched.
     pub fn set_polling(&mut self, polling: Polling) {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         self.watch = Watch::new(polling, cpus);

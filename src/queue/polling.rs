@@ -24,7 +24,7 @@ pub enum Polling {
 
 impl Polling {
     /// The longest time that can be asked for: whatever else the thread has to do waits that long.
-    pub const LONGEST: Duration = Duration::from_millis(1);
+    pub const LONGEST: Duration = Duration::from_millis(10);
 }
 
 /// A text that does not say how long to watch.
@@ -77,8 +77,8 @@ impl Watch {
     const MOST: Duration = Duration::from_micros(200);
     /// The shortest: below the time that a kick takes, nothing would be gained.
     const LEAST: Duration = Duration::from_micros(10);
-    /// How long a thread stays with the queue once it was woken.
-    const TURN: Duration = Duration::from_millis(1);
+    /// How long a thread stays with the queue once it was woken, in times that it is watched.
+    const TURN: u32 = 10;
 
     /// A queue that was never watched, on a machine with so many CPUs.
     pub const fn new(polling: Polling, cpus: usize) -> Self {
@@ -113,7 +113,7 @@ impl Watch {
     /// Until when to watch the queue, now that there is no more work; `None`: wait for a kick.
     pub fn until(&mut self, now: Instant) -> Option<Instant> {
         self.idle_since = Some(now);
-        let turn_ends = self.woken? + Self::TURN;
+        let turn_ends = self.woken? + self.length * Self::TURN;
         (self.is_on() && now < turn_ends).then(|| turn_ends.min(now + self.length))
     }
 }
@@ -165,22 +165,22 @@ mod tests {
 
     #[test]
     fn a_thread_that_was_woken_comes_back_to_its_other_work() {
-        let (mut watch, start) = (Watch::new(Polling::For(us(400)), 2), Instant::now());
+        let (mut watch, start) = (Watch::new(Polling::For(us(100)), 2), Instant::now());
         assert_eq!(watch.until(start), None, "it was not woken");
         watch.woken(start);
-        assert_eq!(watch.until(start + us(500)), Some(start + us(900)));
         assert_eq!(watch.until(start + us(900)), Some(start + us(1000)));
+        assert_eq!(watch.until(start + us(950)), Some(start + us(1000)));
         assert_eq!(watch.until(start + us(1000)), None);
     }
 
     #[test]
     fn it_is_read_and_shown() {
-        for (text, polling) in [("auto", Polling::Auto), ("0", Polling::Off), ("1000", Polling::For(us(1000)))] {
+        for (text, polling) in [("auto", Polling::Auto), ("0", Polling::Off), ("10000", Polling::For(us(10_000)))] {
             assert_eq!((text.parse(), polling.to_string().as_str()), (Ok(polling), text));
         }
-        for text in ["", "1001", "-1", "+5", "5us", "Auto", "99999999999999999999"] {
+        for text in ["", "10001", "-1", "+5", "5us", "Auto", "99999999999999999999"] {
             let error = text.parse::<Polling>().unwrap_err().to_string();
-            assert_eq!(error, format!("`{text}` is not `auto`, or a number of microseconds from 0 to 1000"));
+            assert_eq!(error, format!("`{text}` is not `auto`, or a number of microseconds from 0 to 10000"));
         }
     }
 }

@@ -55,8 +55,8 @@ pub struct Arguments {
     #[arg(long, value_name = "keep|reset", default_value = "keep")]
     pub on_stop: OnStop,
 
-    /// How long to watch the request ring after work, in microseconds, so that the next request needs no kick; at most 1000. `auto`
-    /// is as long as it is worth it, up to 200, and 0 for a guest that is idle.
+    /// How long to watch the request ring after work, in microseconds, so that the next request needs no kick; at most 10000.
+    /// `auto` is as long as it is worth it, up to 200, and 0 for a guest that is idle.
     #[arg(long, value_name = "auto|N|0", default_value = "auto")]
     pub poll_us: Polling,
 
