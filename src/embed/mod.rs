@@ -87,6 +87,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::hint::spin_loop;
 use std::io;
 use std::num::NonZero;
 use std::os::fd::{AsRawFd, RawFd};
@@ -329,8 +330,8 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
             if Instant::now() >= until {
                 return false;
             }
-            // The virtual CPU that sends the request may be waiting for this one.
-            std::thread::yield_now();
+            // Not a yield: the scheduler holds many of those against the thread when a kick wakes it, for milliseconds.
+            spin_loop();
         }
         true
     }
