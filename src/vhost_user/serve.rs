@@ -12,7 +12,7 @@ use std::time::Duration;
 use log::{error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
@@ -117,10 +117,11 @@ fn watch_nodes(nodes: Vec<DeviceNode>, backend: &Arc<IommuBackend>, watcher: &Sh
     Ok(())
 }
 
-/// Asks for SIGTERM when the parent ends.
+/// Asks for SIGHUP when the parent ends. Not for SIGTERM: a parent with threads ends one thread at a time, and each of them that had
+/// this process handed over sends the signal again, but a second SIGTERM ends the process at once.
 fn follow_parent() -> io::Result<()> {
     let parent = rustix::process::getppid();
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::HUP))?;
     // It may have ended before.
     if rustix::process::getppid() != parent {
         return Err(io::Error::other("the process that started this one is gone"));
@@ -167,7 +168,8 @@ fn stop_now(connection: &ShutdownHandle, backend: &IommuBackend, ended: &AtomicB
     }
 }
 
-/// SIGTERM and SIGINT: the first asks for an orderly end, the second ends the process at once.
+/// SIGTERM and SIGINT: the first asks for an orderly end, the second ends the process at once. SIGHUP asks for an orderly end, however
+/// often it comes.
 struct Signals {
     pipe: UnixStream,
 }
@@ -181,6 +183,7 @@ impl Signals {
             signal_hook::flag::register(signal, seen)?;
             signal_hook::low_level::pipe::register(signal, write_end.try_clone()?)?;
         }
+        signal_hook::low_level::pipe::register(SIGHUP, write_end)?;
         Ok(Self { pipe })
     }
 
