@@ -102,6 +102,19 @@ fn a_signal_ends_a_daemon_that_serves() {
 }
 
 #[test]
+fn a_parent_that_ends_thread_by_thread_ends_the_daemon_well() {
+    let (daemon, _machine) = Daemon::start_and_connect();
+    // Several times, until it is gone: a zombie takes signals too.
+    for _ in 0..100 {
+        daemon.signal(Signal::SIGHUP);
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    let (code, log) = daemon.end();
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
 fn a_frontend_that_goes_ends_the_daemon_well() {
     let (daemon, machine) = Daemon::start_and_connect();
     drop(machine);
