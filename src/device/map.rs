@@ -6,6 +6,8 @@
 //! failed UNMAP cannot be: Linux never looks at its status and reuses the memory. So the domain's groups are blocked
 //! before the request returns, then put on fresh page tables; if that fails too, they stay blocked.
 
+use std::mem;
+
 use vm_memory::GuestAddress;
 
 use super::domain::{AddressSpace, Domain};
@@ -104,10 +106,20 @@ impl VirtioIommu {
         let last = if whole.access.is_none() { whole.iova.last() } else { whole.iova.last().min(step_ends) };
         let part = IovaRange::new(start, last).ok_or(Status::DeviceError)?;
         let physical = GuestAddress(whole.physical.0 + (start - whole.iova.start()));
-        let segments = part.length().and_then(|length| self.ram.segments(physical, length)).ok_or(Status::Fault)?;
-        if !whole.access.is_none()
-            && let Err(failure) = self.map_on_host(domain, part, &segments, whole.access)
-        {
+        let mut segments = mem::take(&mut self.segments);
+        let is_ram = part.length().is_some_and(|length| self.ram.put_segments(physical, length, &mut segments));
+        let mapped = if is_ram && !whole.access.is_none() {
+            self.map_on_host(domain, part, &segments, whole.access)
+        } else {
+            Ok(())
+        };
+        // They keep guest memory mapped.
+        segments.clear();
+        self.segments = segments;
+        if !is_ram {
+            return Err(Status::Fault);
+        }
+        if let Err(failure) = mapped {
             return Err(self.map_failed(domain, whole.iova, whole.access, &failure));
         }
         let done = IovaRange::new(whole.iova.start(), last).ok_or(Status::DeviceError)?;
@@ -222,14 +234,10 @@ impl VirtioIommu {
         segments: &[HostSegment],
         access: Access,
     ) -> Result<(), MapFailure> {
-        let length = segments.iter().map(|segment| u128::from(segment.length())).sum();
-        let mut done: Vec<&dyn IoPageTable> = Vec::new();
-        for table in self.host_tables(domain) {
-            let Err(error) = table.map(iova, segments, access) else {
-                done.push(table);
-                continue;
-            };
-            let undone = done.iter().all(|table| unmap_exactly(*table, iova, length).is_ok());
+        for (index, table) in self.host_tables(domain).enumerate() {
+            let Err(error) = table.map(iova, segments, access) else { continue };
+            let mut done = self.host_tables(domain).take(index);
+            let undone = done.all(|table| unmap_exactly(table, iova, iova.size()).is_ok());
             let out_of_step = !undone || matches!(error, MapError::LeftBehind(_));
             return Err(MapFailure { error: error.into(), out_of_step });
         }

@@ -15,7 +15,7 @@ use crate::host::refused::RefusedAccesses;
 use crate::host::{HostGroup, IoPageTable};
 use crate::id::{DomainId, EndpointId};
 use crate::mapping::SMALLEST_PAGE;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, HostSegment};
 use crate::range::IovaRange;
 use crate::request::{LARGEST_REPLY, Request, RequestKind, Status, probe_reply_size, write_reply};
 use crate::reserved::EndpointView;
@@ -175,6 +175,8 @@ pub struct VirtioIommu {
     domains: BTreeMap<DomainId, Domain>,
     /// How many mappings the domains have together.
     mappings_in_all: usize,
+    /// Room for the pieces of guest memory that a MAP reaches; empty between two steps.
+    segments: Vec<HostSegment>,
     /// Tables in which guest memory is mapped to itself.
     identity_tables: Vec<Arc<dyn IoPageTable>>,
     /// Nothing is attached any more, whatever comes.
@@ -212,6 +214,7 @@ impl VirtioIommu {
             groups,
             domains: BTreeMap::new(),
             mappings_in_all: 0,
+            segments: Vec::new(),
             identity_tables: Vec::new(),
             ended: false,
             faults: FaultQueue::default(),

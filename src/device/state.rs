@@ -186,6 +186,7 @@ impl VirtioIommu {
             groups: groups.collect(),
             domains: BTreeMap::new(),
             mappings_in_all: 0,
+            segments: Vec::new(),
             identity_tables: Vec::new(),
             ended: false,
             faults: super::FaultQueue::default(),

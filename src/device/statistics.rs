@@ -28,7 +28,7 @@ pub struct Statistics {
     pub unmap: Count,
     /// PROBE requests.
     pub probe: Count,
-    /// Buffers returned unwritten: of unknown type, or without room for a status.
+    /// Buffers returned unwritten: of unknown type, without room for a status, or chains that cannot be read.
     pub unreadable: u64,
     /// Fault events for which there was no room.
     pub faults_dropped: u64,
