@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,7 +19,7 @@ use crate::range::{IovaRange, RangeSet};
 
 mod leaf;
 
-use leaf::Leaf;
+use leaf::OwnLeaf;
 
 /// The smallest page that mappings can be made of, in bytes.
 pub(crate) const SMALLEST_PAGE: u64 = 1 << 12;
@@ -65,6 +66,8 @@ pub(crate) struct MappingTable {
     /// In order. They are few (a million mappings are in 16 to 64 thousand of them) and seldom come and go, so moving what is
     /// behind one costs less than a tree above them.
     leaves: Vec<Entry>,
+    /// Memory for the next leaf, taken before it is needed.
+    spare: Option<OwnLeaf>,
     count: usize,
     recent: Recent,
 }
@@ -74,7 +77,7 @@ pub(crate) struct MappingTable {
 struct Entry {
     /// No first address in the leaf is below, and every one in the leaves before is.
     from: u64,
-    leaf: Box<Leaf>,
+    leaf: OwnLeaf,
 }
 
 /// A place for a mapping: in which leaf, and behind how many mappings there.
@@ -167,12 +170,25 @@ impl MappingTable {
         ranges.ranges().iter().copied().find(|range| self.overlapping(*range).is_some())
     }
 
+    /// Takes the memory that a mapping from this address on needs, so that adding it cannot fail.
+    pub fn reserve(&mut self, start: u64) -> Result<(), TryReserveError> {
+        let place = self.place_behind(start);
+        if self.leaves.get(place.leaf).is_none_or(|entry| entry.leaf.is_full()) {
+            self.leaves.try_reserve(1)?;
+            if self.spare.is_none() {
+                self.spare = Some(OwnLeaf::try_new()?);
+            }
+        }
+        Ok(())
+    }
+
     /// Adds a mapping, or lets one grow that starts there; no other one may overlap it. Whether there is one more.
     pub fn insert(&mut self, mapping: Mapping) -> bool {
         let start = mapping.iova.start();
         let mut place = self.place_behind(start);
         let Some(entry) = self.leaves.get_mut(place.leaf) else {
-            self.leaves.push(Entry { from: start, leaf: Box::default() });
+            let leaf = self.spare.take().unwrap_or_default();
+            self.leaves.push(Entry { from: start, leaf });
             return self.insert(mapping);
         };
         if entry.leaf.replace(place.behind, mapping) {
@@ -194,7 +210,8 @@ impl MappingTable {
     /// Makes room in a leaf that is full; where the place is then, for a mapping that starts there.
     fn split(&mut self, place: Place, start: u64) -> Place {
         let Some(entry) = self.leaves.get_mut(place.leaf) else { return place };
-        let upper = entry.leaf.split_off(place.behind);
+        let mut upper = self.spare.take().unwrap_or_default();
+        entry.leaf.split_off(place.behind, &mut upper);
         let kept = entry.leaf.len();
         let from = upper.start(0).unwrap_or(start);
         self.leaves.insert(place.leaf + 1, Entry { from, leaf: upper });
@@ -273,7 +290,7 @@ impl MappingTable {
     /// How many bytes all this takes, without what the allocator adds.
     #[cfg(test)]
     pub fn bytes(&self) -> usize {
-        self.leaves.len() * size_of::<Leaf>() + self.leaves.capacity() * size_of::<Entry>()
+        self.leaves.len() * size_of::<leaf::Leaf>() + self.leaves.capacity() * size_of::<Entry>()
     }
 }
 
@@ -283,6 +300,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::leaf::Leaf;
     use super::*;
 
     fn range(start: u64, last: u64) -> IovaRange {

@@ -66,6 +66,7 @@ impl VirtioIommu {
         if !self.ram.covers(whole.physical, length) {
             return Err(Status::Fault);
         }
+        self.reserve_mapping(domain, iova)?;
         if has_host_table {
             return self.map_step(UnfinishedMap { domain, whole, done: None });
         }
@@ -125,6 +126,13 @@ impl VirtioIommu {
         let done = IovaRange::new(whole.iova.start(), last).ok_or(Status::DeviceError)?;
         self.keep_mapping(domain, Mapping { iova: done, ..whole });
         Ok(done)
+    }
+
+    /// Takes the memory that keeping a mapping needs, while nothing has been done yet: mappings are what a guest can make a
+    /// million of.
+    pub(super) fn reserve_mapping(&mut self, domain: DomainId, iova: IovaRange) -> Result<(), Status> {
+        let space = self.domains.get_mut(&domain).and_then(Domain::space_mut);
+        space.map_or(Ok(()), |space| space.mappings.reserve(iova.start())).map_err(|_| Status::NoMemory)
     }
 
     /// Takes a mapping into a domain's table, or lets it grow.

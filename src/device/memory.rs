@@ -27,6 +27,8 @@ impl VirtioIommu {
         if unchanged {
             return;
         }
+        // A MAP then finds room for as many pieces as there can be.
+        self.segments.reserve(self.ram.regions().len());
         let domains: Vec<DomainId> = self.domains.keys().copied().collect();
         for domain in domains {
             if let Err(error) = self.follow_memory(domain, &old) {

@@ -2,7 +2,8 @@
 
 //! Up to 64 mappings.
 
-use std::ops::Range;
+use std::collections::TryReserveError;
+use std::ops::{Deref, DerefMut, Range};
 
 use vm_memory::GuestAddress;
 
@@ -27,6 +28,39 @@ pub(super) struct Leaf {
 impl Default for Leaf {
     fn default() -> Self {
         Self { count: 0, starts: [0; CAPACITY], lasts: [0; CAPACITY], targets: [0; CAPACITY] }
+    }
+}
+
+/// A leaf in memory of its own.
+#[derive(Debug, Default)]
+pub(super) struct OwnLeaf(
+    /// The one way to ask for memory for a value that can be told that there is none leads over a vector.
+    Box<[Leaf; 1]>,
+);
+
+impl OwnLeaf {
+    /// An empty leaf, if there is memory for it.
+    pub fn try_new() -> Result<Self, TryReserveError> {
+        let mut room = Vec::new();
+        room.try_reserve_exact(1)?;
+        room.push(Leaf::default());
+        Ok(room.into_boxed_slice().try_into().map_or_else(|_| Self::default(), Self))
+    }
+}
+
+impl Deref for OwnLeaf {
+    type Target = Leaf;
+
+    fn deref(&self) -> &Leaf {
+        let [leaf] = self.0.as_ref();
+        leaf
+    }
+}
+
+impl DerefMut for OwnLeaf {
+    fn deref_mut(&mut self) -> &mut Leaf {
+        let [leaf] = self.0.as_mut();
+        leaf
     }
 }
 
@@ -103,14 +137,12 @@ impl Leaf {
         self.set(behind, mapping);
     }
 
-    /// Makes room for a mapping behind so many: takes the upper half off, or nothing if it comes after all others, so that leaves
-    /// filled in order stay full.
-    pub fn split_off(&mut self, behind: usize) -> Box<Self> {
+    /// Makes room for a mapping behind so many: moves the upper half to an empty leaf, or nothing if it comes after all others, so
+    /// that leaves filled in order stay full.
+    pub fn split_off(&mut self, behind: usize, upper: &mut Self) {
         let from = if behind == self.count { self.count } else { self.count / 2 };
-        let mut upper = Box::<Self>::default();
         upper.take(self, from..self.count);
         self.count = from;
-        upper
     }
 
     /// Adds the mappings of the next leaf, if there is room for them.
