@@ -66,7 +66,7 @@ pub(crate) struct MappingTable {
     /// In order. They are few (a million mappings are in 16 to 64 thousand of them) and seldom come and go, so moving what is
     /// behind one costs less than a tree above them.
     leaves: Vec<Entry>,
-    /// Memory for the next leaf, taken before it is needed.
+    /// Memory for the next leaf, taken before it is known whether it is needed.
     spare: Option<OwnLeaf>,
     count: usize,
     recent: Recent,
@@ -170,14 +170,16 @@ impl MappingTable {
         ranges.ranges().iter().copied().find(|range| self.overlapping(*range).is_some())
     }
 
-    /// Takes the memory that a mapping from this address on needs, so that adding it cannot fail.
-    pub fn reserve(&mut self, start: u64) -> Result<(), TryReserveError> {
-        let place = self.place_behind(start);
-        if self.leaves.get(place.leaf).is_none_or(|entry| entry.leaf.is_full()) {
-            self.leaves.try_reserve(1)?;
-            if self.spare.is_none() {
-                self.spare = Some(OwnLeaf::try_new()?);
-            }
+    /// Whether there is memory for one more mapping, wherever it is.
+    pub fn has_room(&self) -> bool {
+        self.spare.is_some() && self.leaves.len() < self.leaves.capacity()
+    }
+
+    /// Takes memory for one more mapping, so that adding it cannot fail.
+    pub fn make_room(&mut self) -> Result<(), TryReserveError> {
+        self.leaves.try_reserve(1)?;
+        if self.spare.is_none() {
+            self.spare = Some(OwnLeaf::try_new()?);
         }
         Ok(())
     }

@@ -58,7 +58,8 @@ impl VirtioIommu {
         access: Access,
     ) -> Result<Option<UnfinishedMap>, Status> {
         self.recover_if_empty(domain);
-        let has_host_table = self.check_map(domain, iova, physical)?.has_host_table();
+        let space = self.check_map(domain, iova, physical)?;
+        let (has_host_table, has_room) = (space.has_host_table(), space.mappings.has_room());
         let whole = Mapping { iova, physical: GuestAddress(physical), access };
         // 5.13.6.5: "the range defined by phys_start and phys_end should be within the guest-physical address space".
         // No status is named for one that is not; this one says that an address cannot be reached.
@@ -66,7 +67,9 @@ impl VirtioIommu {
         if !self.ram.covers(whole.physical, length) {
             return Err(Status::Fault);
         }
-        self.reserve_mapping(domain, iova)?;
+        if !has_room {
+            self.make_room(domain)?;
+        }
         if has_host_table {
             return self.map_step(UnfinishedMap { domain, whole, done: None });
         }
@@ -128,11 +131,11 @@ impl VirtioIommu {
         Ok(done)
     }
 
-    /// Takes the memory that keeping a mapping needs, while nothing has been done yet: mappings are what a guest can make a
-    /// million of.
-    pub(super) fn reserve_mapping(&mut self, domain: DomainId, iova: IovaRange) -> Result<(), Status> {
+    /// Takes the memory that keeping one more mapping needs, while nothing has been done yet: mappings are what a guest can make
+    /// a million of.
+    pub(super) fn make_room(&mut self, domain: DomainId) -> Result<(), Status> {
         let space = self.domains.get_mut(&domain).and_then(Domain::space_mut);
-        space.map_or(Ok(()), |space| space.mappings.reserve(iova.start())).map_err(|_| Status::NoMemory)
+        space.map_or(Ok(()), |space| space.mappings.make_room()).map_err(|_| Status::NoMemory)
     }
 
     /// Takes a mapping into a domain's table, or lets it grow.

@@ -261,7 +261,7 @@ impl VirtioIommu {
             // Its memory had left before it was saved, and may come back.
             self.check_map(domain, iova, physical)?;
             physical.checked_add(length - 1).ok_or(Status::Range)?;
-            self.reserve_mapping(domain, iova)?;
+            self.make_room(domain)?;
             self.keep_mapping(domain, Mapping { iova, physical: GuestAddress(physical), access });
             return Ok(());
         }
