@@ -86,10 +86,18 @@ impl VirtioIommu {
                     return Err(Status::Unsupported);
                 }
             }
-            None if self.domains.len() >= self.settings.max_domains => return Err(Status::NoMemory),
+            None if self.domains.len() - usize::from(self.is_alone(id)) >= self.settings.max_domains => {
+                return Err(Status::NoMemory);
+            }
             None => (),
         }
         Ok(())
+    }
+
+    /// Whether a domain ends when this endpoint leaves it.
+    fn is_alone(&self, id: EndpointId) -> bool {
+        let domain = self.endpoints.get(&id).and_then(|endpoint| self.domains.get(&endpoint.domain?));
+        domain.is_some_and(|domain| domain.endpoints.len() == 1)
     }
 
     /// An endpoint that is in no domain can only join one that a sibling is in, if any sibling is attached. One that

@@ -198,5 +198,8 @@ fn there_is_a_cap_on_domains() {
     let mut machine = Machine::with(Flavour::Iommufd, Settings { max_domains: 1, ..settings() });
     assert_eq!(machine.attach(1, LONE), OK);
     assert_eq!(machine.attach(2, LEFT), NOMEM);
-    assert_eq!(machine.attach(1, LEFT), OK);
+    // The first domain ends with the move.
+    assert_eq!(machine.attach(2, LONE), OK);
+    assert_eq!(machine.attach(2, LEFT), OK);
+    assert_eq!(machine.attach(1, LONE), NOMEM, "the other one stays in its domain");
 }
