@@ -12,7 +12,7 @@ use std::{fmt, io};
 use log::{debug, error, info, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -20,6 +20,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
+use super::vring::Vring;
 use crate::device::{Statistics, VirtioIommu};
 use crate::id::EndpointId;
 use crate::memory::GuestRam;
@@ -33,8 +34,7 @@ const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
 const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-type Vring = VringMutex<Memory>;
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// What happens when the frontend stops the rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -447,7 +447,9 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        notify(to_notify.as_ref());
+        if let Some(Err(error)) = to_notify.map(|vring| vring.signal_without_waiting()) {
+            debug!("the frontend cannot be notified: {error}");
+        }
         Ok(())
     }
 

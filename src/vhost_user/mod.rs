@@ -19,6 +19,7 @@ mod setup;
 #[cfg(feature = "daemon")]
 mod socket;
 mod throttle;
+mod vring;
 #[cfg(feature = "daemon")]
 mod watcher;
 
