@@ -5,7 +5,7 @@
 use std::hint::spin_loop;
 use std::num::NonZero;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
@@ -59,6 +59,9 @@ pub struct BackendOptions {
 /// lock no file of the frontend's is read or written.
 pub struct IommuBackend {
     options: BackendOptions,
+    /// Guest memory as the frontend offers it. The library changes it before this backend is asked.
+    offered: Memory,
+    /// Guest memory as it was found in order.
     memory: Memory,
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
@@ -97,7 +100,7 @@ impl IommuBackend {
     ///
     /// No event descriptors can be had.
     pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
         let state = State {
             device,
@@ -109,7 +112,8 @@ impl IommuBackend {
         let again = (again, Arc::new(notifier));
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
-        Ok(Self { options, memory, watch, state: Mutex::new(state), exit: pair()?, again })
+        let (offered, memory) = (memory(), memory());
+        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), exit: pair()?, again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -134,7 +138,7 @@ impl IommuBackend {
     ///
     /// The library cannot make its threads and events.
     pub fn daemon(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
-        let daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.memory.clone())?;
+        let daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
         for handler in daemon.get_epoll_handlers() {
             handler
                 .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
@@ -410,14 +414,14 @@ impl VhostUserBackend for IommuBackend {
         Ok(())
     }
 
-    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+    fn update_memory(&self, offered: Memory) -> io::Result<()> {
+        let offered = offered.memory();
+        // The library ends the connection then, and whatever was mapped is no longer reached when the device is shut down.
+        let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.
         let mut state = self.state.lock();
-        let ram = GuestRam::from_mmap(&memory.memory()).unwrap_or_else(|error| {
-            error!("{error}: the guest has no memory until the frontend gives it anew");
-            GuestRam::default()
-        });
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(GuestMemoryMmap::clone(&offered));
         state.device.set_memory(ram);
         // A ring that was out of memory may be back.
         state.request_ring.broken = false;
