@@ -5,6 +5,7 @@
 use std::hint::spin_loop;
 use std::num::NonZero;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
@@ -18,6 +19,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
+use super::daemon::BackendDaemon;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
 use super::vring::Vring;
@@ -66,7 +68,8 @@ pub struct IommuBackend {
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
     state: Mutex<State>,
-    exit: (EventConsumer, EventNotifier),
+    /// The library's event loop is to end.
+    loop_ends: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
@@ -101,19 +104,18 @@ impl IommuBackend {
     /// No event descriptors can be had.
     pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
         let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
         let state = State {
             device,
             features: 0,
             request_ring: RequestRing::default(),
             throttle: Throttle::new(Instant::now()),
         };
-        let (again, notifier) = pair()?;
+        let (again, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         let again = (again, Arc::new(notifier));
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
         let (offered, memory) = (memory(), memory());
-        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), exit: pair()?, again })
+        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), loop_ends: AtomicBool::new(false), again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -132,19 +134,27 @@ impl IommuBackend {
         }
     }
 
-    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget.
+    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
+    /// only.
     ///
     /// # Errors
     ///
     /// The library cannot make its threads and events.
-    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
-        let daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
+        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+        let daemon = BackendDaemon { library, backend: Arc::clone(self) };
         for handler in daemon.get_epoll_handlers() {
             handler
                 .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
                 .map_err(DaemonError::StartDaemon)?;
         }
         Ok(daemon)
+    }
+
+    /// Ends the library's event loop.
+    pub(super) fn end_event_loop(&self) {
+        self.loop_ends.store(true, Ordering::Release);
+        self.look_again();
     }
 
     /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
@@ -434,10 +444,6 @@ impl VhostUserBackend for IommuBackend {
         vec![(1 << spec::QUEUE_COUNT) - 1]
     }
 
-    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
-    }
-
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         // Waits for a batch that is under way.
         let mut state = self.state.lock();
@@ -457,7 +463,7 @@ impl VhostUserBackend for IommuBackend {
         Ok(())
     }
 
-    /// Never fails: an error would end the library's thread, and the guest would wait for ever.
+    /// Fails to end the library's thread, and for nothing else: the guest would wait for ever.
     fn handle_event(&self, event: u16, _set: EventSet, vrings: &[Vring], _thread_id: usize) -> io::Result<()> {
         let [requests, events] = vrings else {
             return Ok(());
@@ -465,6 +471,9 @@ impl VhostUserBackend for IommuBackend {
         if event == CONTINUE_EVENT {
             // Nothing to read means that it was read before.
             let _ = self.again.0.consume();
+            if self.loop_ends.load(Ordering::Acquire) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
         }
         self.serve_rings(requests, events);
         Ok(())

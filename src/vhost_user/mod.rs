@@ -9,6 +9,7 @@
 #[cfg(feature = "daemon")]
 mod args;
 mod backend;
+mod daemon;
 #[cfg(feature = "daemon")]
 mod nodes;
 mod restart;
@@ -26,6 +27,7 @@ mod watcher;
 #[cfg(feature = "daemon")]
 pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
+pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
 pub use nodes::DeviceNode;
 #[cfg(feature = "daemon")]
