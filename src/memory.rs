@@ -68,6 +68,16 @@ pub enum MemoryError {
         /// Its length in bytes.
         length: u64,
     },
+    /// The file behind a region ends before the region does: whoever touched what is missing would be ended by a signal.
+    #[error("the guest memory region at {start:#x} needs {needed:#x} bytes of its file, which has {size:#x}")]
+    FileTooSmall {
+        /// First guest-physical address of the region.
+        start: u64,
+        /// How long the file must be.
+        needed: u128,
+        /// How long it is.
+        size: u64,
+    },
     /// The file behind a region cannot be looked at.
     #[error("cannot examine the file behind the guest memory region at {start:#x}")]
     File {
@@ -284,11 +294,13 @@ impl fmt::Debug for HostMemory {
 
 #[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost", feature = "vhost-user"))]
 mod mapped {
+    use std::fs::Metadata;
     use std::os::unix::fs::MetadataExt;
 
     use rustix::fs::fstatfs;
+    use vm_memory::bitmap::Bitmap;
     use vm_memory::mmap::GuestRegionMmap;
-    use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+    use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
     use super::{Arc, FileMemory, GuestRam, HostMemory, MemoryError, RamRegion};
 
@@ -302,44 +314,57 @@ mod mapped {
         /// The RAM that is mapped into this process, as a VMM or a vhost-user backend has it. Every piece keeps its
         /// mapping alive.
         ///
+        /// A file that is cut off later is not noticed: the process is ended by SIGBUS when it touches what is missing. A file
+        /// that is sealed against shrinking cannot be.
+        ///
         /// # Errors
         ///
-        /// [`MemoryError::File`] if the file behind a region cannot be looked at.
-        pub fn from_mmap<B: vm_memory::bitmap::Bitmap + Send + Sync + 'static>(
-            memory: &GuestMemoryMmap<B>,
-        ) -> Result<Self, MemoryError> {
+        /// [`MemoryError::FileTooSmall`]; [`MemoryError::File`] if the file behind a region cannot be looked at.
+        pub fn from_mmap<B: Bitmap + Send + Sync + 'static>(memory: &GuestMemoryMmap<B>) -> Result<Self, MemoryError> {
             let regions: Result<_, _> = memory.iter().map(RamRegion::from_mmap).collect();
             Self::from_regions(regions?)
         }
     }
 
     impl RamRegion {
-        fn from_mmap<B: vm_memory::bitmap::Bitmap + Send + Sync + 'static>(
-            region: &GuestRegionMmap<B>,
-        ) -> Result<Self, MemoryError> {
+        fn from_mmap<B: Bitmap + Send + Sync + 'static>(region: &GuestRegionMmap<B>) -> Result<Self, MemoryError> {
             let start = region.start_addr();
             let mapping = region.get_mmap();
             // A private mapping has pages of its own: the file's are other memory.
             let shared = mapping.flags() & MAP_SHARED != 0;
-            let file = region
-                .file_offset()
-                .filter(|_| shared)
-                .map(|file| FileMemory::new(Arc::clone(file.arc()), file.start()))
-                .transpose()
-                .map_err(|source| MemoryError::File { start: start.0, source })?;
+            let failed = |source| MemoryError::File { start: start.0, source };
+            let mut file = None;
+            if let Some(place) = region.file_offset() {
+                let metadata = place.file().metadata().map_err(failed)?;
+                check_size(region, place, &metadata)?;
+                file = Some(FileMemory::new(place, &metadata).map_err(failed)?);
+            }
             let host = HostMemory {
                 address: mapping.as_ptr().expose_provenance(),
                 length: region.len(),
-                file,
+                file: file.filter(|_| shared),
                 owner: mapping,
             };
             Self::new(start, region.len(), Some(host))
         }
     }
 
+    /// Whether a region's file is there to its end. Devices have no length that could tell.
+    fn check_size<B: Bitmap>(
+        region: &GuestRegionMmap<B>,
+        place: &FileOffset,
+        metadata: &Metadata,
+    ) -> Result<(), MemoryError> {
+        let (needed, size) = (u128::from(place.start()) + u128::from(region.len()), metadata.len());
+        if metadata.is_file() && needed > u128::from(size) {
+            return Err(MemoryError::FileTooSmall { start: region.start_addr().0, needed, size });
+        }
+        Ok(())
+    }
+
     impl FileMemory {
-        fn new(file: Arc<std::fs::File>, offset: u64) -> std::io::Result<Self> {
-            let metadata = file.metadata()?;
+        fn new(place: &FileOffset, metadata: &Metadata) -> std::io::Result<Self> {
+            let (file, offset) = (Arc::clone(place.arc()), place.start());
             // IOMMU_IOAS_MAP_FILE takes memfds and hugetlbfs files. The kernel looks at the kind of file only when
             // it pins, which is too late to choose another way.
             let pinnable = matches!(fstatfs(&file)?.f_type, TMPFS_MAGIC | HUGETLBFS_MAGIC);

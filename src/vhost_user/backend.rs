@@ -5,21 +5,24 @@
 use std::hint::spin_loop;
 use std::num::NonZero;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
 use log::{debug, error, info, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
+use super::daemon::BackendDaemon;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
+use super::vring::Vring;
 use crate::device::{Statistics, VirtioIommu};
 use crate::id::EndpointId;
 use crate::memory::GuestRam;
@@ -33,8 +36,7 @@ const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
 const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-type Vring = VringMutex<Memory>;
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// What happens when the frontend stops the rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +61,15 @@ pub struct BackendOptions {
 /// lock no file of the frontend's is read or written.
 pub struct IommuBackend {
     options: BackendOptions,
+    /// Guest memory as the frontend offers it. The library changes it before this backend is asked.
+    offered: Memory,
+    /// Guest memory as it was found in order.
     memory: Memory,
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
     state: Mutex<State>,
-    exit: (EventConsumer, EventNotifier),
+    /// The library's event loop is to end.
+    loop_ends: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
@@ -97,19 +103,19 @@ impl IommuBackend {
     ///
     /// No event descriptors can be had.
     pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let pair = || new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
+        let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let state = State {
             device,
             features: 0,
             request_ring: RequestRing::default(),
             throttle: Throttle::new(Instant::now()),
         };
-        let (again, notifier) = pair()?;
+        let (again, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         let again = (again, Arc::new(notifier));
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
-        Ok(Self { options, memory, watch, state: Mutex::new(state), exit: pair()?, again })
+        let (offered, memory) = (memory(), memory());
+        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), loop_ends: AtomicBool::new(false), again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -128,19 +134,27 @@ impl IommuBackend {
         }
     }
 
-    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget.
+    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
+    /// only.
     ///
     /// # Errors
     ///
     /// The library cannot make its threads and events.
-    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
-        let daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.memory.clone())?;
+    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
+        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+        let daemon = BackendDaemon { library, backend: Arc::clone(self) };
         for handler in daemon.get_epoll_handlers() {
             handler
                 .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
                 .map_err(DaemonError::StartDaemon)?;
         }
         Ok(daemon)
+    }
+
+    /// Ends the library's event loop.
+    pub(super) fn end_event_loop(&self) {
+        self.loop_ends.store(true, Ordering::Release);
+        self.look_again();
     }
 
     /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
@@ -410,14 +424,14 @@ impl VhostUserBackend for IommuBackend {
         Ok(())
     }
 
-    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+    fn update_memory(&self, offered: Memory) -> io::Result<()> {
+        let offered = offered.memory();
+        // The library ends the connection then, and whatever was mapped is no longer reached when the device is shut down.
+        let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.
         let mut state = self.state.lock();
-        let ram = GuestRam::from_mmap(&memory.memory()).unwrap_or_else(|error| {
-            error!("{error}: the guest has no memory until the frontend gives it anew");
-            GuestRam::default()
-        });
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(GuestMemoryMmap::clone(&offered));
         state.device.set_memory(ram);
         // A ring that was out of memory may be back.
         state.request_ring.broken = false;
@@ -428,10 +442,6 @@ impl VhostUserBackend for IommuBackend {
 
     fn queues_per_thread(&self) -> Vec<u64> {
         vec![(1 << spec::QUEUE_COUNT) - 1]
-    }
-
-    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
@@ -447,11 +457,13 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        notify(to_notify.as_ref());
+        if let Some(Err(error)) = to_notify.map(|vring| vring.signal_without_waiting()) {
+            debug!("the frontend cannot be notified: {error}");
+        }
         Ok(())
     }
 
-    /// Never fails: an error would end the library's thread, and the guest would wait for ever.
+    /// Fails to end the library's thread, and for nothing else: the guest would wait for ever.
     fn handle_event(&self, event: u16, _set: EventSet, vrings: &[Vring], _thread_id: usize) -> io::Result<()> {
         let [requests, events] = vrings else {
             return Ok(());
@@ -459,6 +471,9 @@ impl VhostUserBackend for IommuBackend {
         if event == CONTINUE_EVENT {
             // Nothing to read means that it was read before.
             let _ = self.again.0.consume();
+            if self.loop_ends.load(Ordering::Acquire) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
         }
         self.serve_rings(requests, events);
         Ok(())

@@ -9,6 +9,7 @@
 #[cfg(feature = "daemon")]
 mod args;
 mod backend;
+mod daemon;
 #[cfg(feature = "daemon")]
 mod nodes;
 mod restart;
@@ -19,12 +20,14 @@ mod setup;
 #[cfg(feature = "daemon")]
 mod socket;
 mod throttle;
+mod vring;
 #[cfg(feature = "daemon")]
 mod watcher;
 
 #[cfg(feature = "daemon")]
 pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
+pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
 pub use nodes::DeviceNode;
 #[cfg(feature = "daemon")]
