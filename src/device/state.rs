@@ -201,10 +201,12 @@ impl VirtioIommu {
         if unknown != 0 {
             return Err(RestoreError::Features(unknown));
         }
-        self.driver_features = state.driver_features;
         self.bypass = state.bypass;
         self.settle_unattached_groups();
+        // What is there was asked for with features that may have been set anew since.
+        self.driver_features = self.features();
         self.take_on_domains(&state.domains)?;
+        self.driver_features = state.driver_features;
         for domain in &state.domains {
             for mapping in &domain.mappings {
                 let refused = |status| {
