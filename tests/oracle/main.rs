@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device against an oracle: a model that was written from the specification and the design alone, and shares nothing with the
+//! device but the bytes of requests. Whatever sequence of operations comes, with the host failing at any call, both must give the same
+//! answers and have DMA go to the same places.
+
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
+
+mod machine;
+mod model;
+mod operation;
+
+use arbitrary::{Arbitrary, Unstructured};
+use operation::{Input, Operation};
+use proptest::prelude::*;
+
+/// An operation from bytes of its own, so that a sequence that fails can be made shorter one by one.
+fn operation() -> impl Strategy<Value = Operation> {
+    proptest::collection::vec(any::<u8>(), 24)
+        .prop_filter_map("no operation", |bytes| Operation::arbitrary(&mut Unstructured::new(&bytes)).ok())
+}
+
+fn input() -> impl Strategy<Value = Input> {
+    (any::<bool>(), any::<bool>(), proptest::collection::vec(operation(), 1..100))
+        .prop_map(|(type1, boot_bypass, operations)| Input { type1, boot_bypass, operations })
+}
+
+proptest! {
+    #[test]
+    fn the_device_does_what_the_oracle_does(input in input()) {
+        machine::run(&input);
+    }
+}
