@@ -130,10 +130,9 @@ fn a_frontend_whose_files_block_does_not_keep_the_daemon() {
         let full = EventFd::new(0).unwrap();
         full.write(u64::MAX - 1).unwrap();
         machine.frontend.set_vring_call(0, &full).unwrap();
-        // Answered after that. A notification that blocks while the library still takes the file holds a lock that the
-        // connection's thread waits for; then only a signal ends the daemon.
-        machine.config();
         assert_eq!(machine.send(&attach(1, 8, 0)), 6);
+        // Needs the ring's lock.
+        machine.frontend.set_vring_num(0, 16).unwrap();
         match signal {
             None => drop(machine),
             Some(signal) => daemon.signal(signal),
@@ -142,6 +141,32 @@ fn a_frontend_whose_files_block_does_not_keep_the_daemon() {
         assert_eq!(code, 0, "{log}");
         assert!(log.contains("every endpoint is blocked"), "{log}");
     }
+}
+
+#[test]
+fn there_is_one_frontend() {
+    let (daemon, mut machine) = Daemon::start_and_connect();
+    for _ in 0..10 {
+        let refused = UnixStream::connect(&daemon.socket).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+    assert_eq!(machine.send(&attach(1, 8, 0)), 6, "the first is served");
+    drop(machine);
+    let (code, log) = daemon.end();
+    assert_eq!(code, 0, "{log}");
+}
+
+/// Nothing sensible can be done without the memory that is missing; the watcher detaches the devices.
+#[test]
+fn guest_memory_that_is_cut_off_ends_the_daemon_with_a_signal() {
+    use std::os::unix::process::ExitStatusExt;
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+    let (mut daemon, machine) = Daemon::start_and_connect();
+    machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
+    machine.kick();
+    let status = daemon.child.wait().unwrap();
+    assert_eq!(status.signal(), Some(Signal::SIGBUS as i32));
 }
 
 #[test]

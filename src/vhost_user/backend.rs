@@ -15,7 +15,7 @@ use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
@@ -31,6 +31,8 @@ use crate::spec;
 
 /// The largest queue that a frontend may ask for.
 const LARGEST_QUEUE: usize = 1024;
+/// How many regions guest memory may have: what the library tells the frontend, and does not keep it to.
+const MOST_REGIONS: usize = 509;
 /// How many requests are handled before the rings' state is looked at again.
 const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
@@ -426,7 +428,10 @@ impl VhostUserBackend for IommuBackend {
 
     fn update_memory(&self, offered: Memory) -> io::Result<()> {
         let offered = offered.memory();
-        // The library ends the connection then, and whatever was mapped is no longer reached when the device is shut down.
+        // The library ends the connection if this fails, and what was mapped is reached until the device is shut down then.
+        if offered.num_regions() > MOST_REGIONS {
+            return Err(io::Error::other(format!("guest memory has more than {MOST_REGIONS} regions")));
+        }
         let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.

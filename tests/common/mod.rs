@@ -183,7 +183,12 @@ impl Machine {
     pub fn break_ring(&mut self, index: u16) {
         self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
         self.kicks[0].write(1).unwrap();
-        // A kick that was taken is counted no more. Then the ring is looked at.
+        self.wait_for_kick_taken();
+    }
+
+    /// Waits until the backend took the kick, and a while for it to look at the ring.
+    pub fn wait_for_kick_taken(&self) {
+        // A kick that was taken is counted no more.
         let info = format!("/proc/self/fdinfo/{}", self.kicks[0].as_raw_fd());
         let is_taken = |text: String| text.lines().any(|line| line.split_whitespace().eq(["eventfd-count:", "0"]));
         while !is_taken(std::fs::read_to_string(&info).unwrap()) {

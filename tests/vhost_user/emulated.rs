@@ -18,7 +18,9 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
         Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off }).unwrap());
     group.on_refused(backend.waker());
 
-    let (daemon, mut machine) = serve(&backend);
+    let _files = FILES.read();
+    let (daemon, stream) = serve(&backend);
+    let mut machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
     machine.start();
     machine.start_event_ring();
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
@@ -38,7 +40,8 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
     assert_eq!(machine.memory.read_obj::<[u8; 4]>(GuestAddress(0x3000)).unwrap(), *b"data");
 
     drop(machine);
-    daemon.join().unwrap();
+    // However the connection ended.
+    let _ = daemon.join().unwrap();
     backend.shut_down();
     assert!(!write(0x6000), "the frontend is gone");
 }

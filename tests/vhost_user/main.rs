@@ -9,16 +9,22 @@
 mod common;
 #[cfg(feature = "translate")]
 mod emulated;
+mod files;
 mod large_maps;
 mod memory;
+mod messages;
+mod raw;
+mod regions;
 mod requests;
+mod running;
 mod starts;
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
+use parking_lot::{RwLock, RwLockReadGuard};
 use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Listener, VhostUserFrontend};
@@ -45,11 +51,29 @@ const INVAL: u8 = 4;
 const NOENT: u8 = 6;
 const FAULT: u8 = 7;
 
+/// Who counts the files of this process takes it alone; who opens some shares it.
+static FILES: RwLock<()> = RwLock::new(());
+
+type Served = JoinHandle<Result<(), vhost_user_backend::Error>>;
+
 struct Bench {
     host: FakeHost,
     backend: Arc<IommuBackend>,
     machine: Option<Machine>,
-    daemon: JoinHandle<()>,
+    daemon: Served,
+    _files: RwLockReadGuard<'static, ()>,
+}
+
+/// A device with one endpoint, on the model of a host.
+fn device(boot_bypass: bool, options: BackendOptions) -> (FakeHost, Arc<IommuBackend>) {
+    let host = FakeHost::new(Flavour::Iommufd);
+    let msi: IovaRange = "fee00000-feefffff".parse().unwrap();
+    let input_range: IovaRange = "0-7fffffffff".parse().unwrap();
+    let usable = RangeSet::from(input_range).subtract(&RangeSet::from(msi));
+    let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
+    let settings = Settings { boot_bypass, map_step: MAP_STEP, ..Settings::new(input_range, 0x1000) };
+    let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
+    (host, Arc::new(IommuBackend::new(device, options).unwrap()))
 }
 
 impl Bench {
@@ -58,17 +82,11 @@ impl Bench {
     }
 
     fn with(boot_bypass: bool, options: BackendOptions) -> Self {
-        let host = FakeHost::new(Flavour::Iommufd);
-        let msi: IovaRange = "fee00000-feefffff".parse().unwrap();
-        let input_range: IovaRange = "0-7fffffffff".parse().unwrap();
-        let usable = RangeSet::from(input_range).subtract(&RangeSet::from(msi));
-        let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).unwrap();
-        let settings = Settings { boot_bypass, map_step: MAP_STEP, ..Settings::new(input_range, 0x1000) };
-        let device = VirtioIommu::new(settings, vec![(ID, view)], vec![host.group(&[ID], usable)]).unwrap();
-        let backend = Arc::new(IommuBackend::new(device, options).unwrap());
-
-        let (daemon, machine) = serve(&backend);
-        Self { host, backend, machine: Some(machine), daemon }
+        let files = FILES.read();
+        let (host, backend) = device(boot_bypass, options);
+        let (daemon, stream) = serve(&backend);
+        let machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
+        Self { host, backend, machine: Some(machine), daemon, _files: files }
     }
 
     fn started() -> Self {
@@ -92,22 +110,24 @@ impl Bench {
     /// The frontend goes away.
     fn end(mut self) {
         drop(self.machine.take());
-        self.daemon.join().unwrap();
+        // However the connection ended; the library's threads did not panic.
+        assert!(!matches!(self.daemon.join().unwrap(), Err(vhost_user_backend::Error::WaitDaemon(_))));
         self.backend.shut_down();
         assert_eq!(self.host.attachment(ID), Attachment::Blocked);
         assert_eq!(self.host.table_count(), 0);
     }
 }
 
-/// Serves a backend to a front end that is connected.
-fn serve(backend: &Arc<IommuBackend>) -> (JoinHandle<()>, Machine) {
+/// Serves a backend over a connection.
+fn serve(backend: &Arc<IommuBackend>) -> (Served, UnixStream) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
     let mut daemon = backend.daemon("test").unwrap();
-    let daemon = std::thread::spawn(move || {
+    let stream = UnixStream::connect(&path).unwrap();
+    let served = std::thread::spawn(move || {
         daemon.start(&mut listener).unwrap();
-        let _ = daemon.wait();
+        daemon.wait()
     });
-    (daemon, Machine::connect(&path, guest_memory(MEMORY_SIZE)))
+    (served, stream)
 }

@@ -36,6 +36,45 @@ fn memory_that_the_frontend_takes_away_is_not_reached() {
     bench.end();
 }
 
+/// Whatever the host does: when the frontend is told that the memory is no longer used, no device reaches it.
+#[test]
+fn memory_is_out_of_reach_before_the_frontend_is_answered() {
+    use std::os::fd::AsRawFd;
+
+    use virtio_iommu::host::HostErrorKind;
+    use virtio_iommu::host::fake::Failure;
+
+    use super::raw::*;
+
+    let _files = FILES.read();
+    // How many calls of the host's fail: none, the unmap, and that of the table which is to take the place of the broken one.
+    for failing in 0..3 {
+        let (memory, leaving, events) = (memfd(SIZE), memfd(SIZE), event());
+        let mut victim = Victim::ready(&memory);
+        victim.start_ring(&events, event());
+        let (first, second) = ([0, SIZE, USER, 0], [SIZE, SIZE, USER + SIZE, 0]);
+        let files = [leaving.as_raw_fd()];
+        assert_eq!(victim.frontend.ask(ADD_MEM_REG, &region(&second), &files), Some(true));
+        let requests =
+            [attach(1, ENDPOINT, 0), map(1, 0x5000, 0x1000, SIZE, 1), map(1, 0x6000, 0x1000, SIZE - 0x1000, 1)];
+        for (before, request) in (0..).zip(&requests) {
+            put_request(&memory, before, request);
+            kick(&events);
+            assert_eq!(answer(&memory, before + 1), (OK, 4));
+        }
+        let reads = |iova| victim.host.dma(ID, iova, Access::READ);
+        assert_eq!((reads(0x5000), reads(0x6000)), (Some(SIZE), Some(SIZE - 0x1000)));
+
+        for call in 0..failing {
+            victim.host.fail_after(call, Failure::Error(HostErrorKind::Other));
+        }
+        assert_eq!(victim.frontend.ask(SET_MEM_TABLE, &table(&first), &[memory.as_raw_fd()]), Some(true));
+        let stays = (failing < 2).then_some(SIZE - 0x1000);
+        assert_eq!((reads(0x5000), reads(0x6000)), (None, stays), "{failing} calls fail");
+        victim.end();
+    }
+}
+
 #[test]
 fn regions_of_memory_come_and_go_one_by_one() {
     const HIGH: u64 = 0x1_0000_0000;
