@@ -15,6 +15,7 @@ mod fields;
 mod host;
 mod kernel;
 mod limits;
+mod list;
 mod machine;
 mod mapping;
 mod probe;

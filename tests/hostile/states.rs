@@ -3,6 +3,7 @@
 //! States that somebody has tampered with, as the text that they are kept in.
 
 use proptest::prelude::*;
+use serde_json::{Map, Value};
 use virtio_iommu::device::{DeviceState, DomainState, MappingState, RestoreError, Settings};
 use virtio_iommu::host::HostErrorKind;
 use virtio_iommu::host::fake::{Failure, Flavour};
@@ -75,11 +76,25 @@ fn there_is_one_version_and_every_other_is_refused() {
 }
 
 #[test]
-fn a_state_that_is_cut_off_anywhere_is_refused() {
-    let saved = text(&mut busy());
-    for length in 0..saved.len() {
-        assert_eq!(restore(&saved.as_bytes()[..length]), Err(None), "{length} bytes");
+fn a_state_with_a_field_too_few_or_too_many_is_refused() {
+    let saved: Value = serde_json::from_str(&text(&mut busy())).unwrap();
+    let mut count = 0;
+    for place in ["", "/domains/0", "/domains/1/mappings/0", "/faults/0"] {
+        let change = |act: &dyn Fn(&mut Map<String, Value>)| {
+            let mut changed = saved.clone();
+            act(changed.pointer_mut(place).unwrap().as_object_mut().unwrap());
+            restore(changed.to_string().as_bytes())
+        };
+        assert_eq!(change(&|_| ()), Ok(()));
+        for field in saved.pointer(place).unwrap().as_object().unwrap().keys() {
+            // What may not be known may be left out.
+            let expected = if field == "address" { Ok(()) } else { Err(None) };
+            assert_eq!(change(&|object| _ = object.remove(field)), expected, "{place} without {field}");
+            count += 1;
+        }
+        assert_eq!(change(&|object| _ = object.insert("more".to_owned(), Value::Null)), Err(None), "{place}");
     }
+    assert_eq!(count, 5 + 4 + 5 + 5);
 }
 
 #[test]
