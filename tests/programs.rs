@@ -10,6 +10,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -36,9 +37,14 @@ impl Daemon {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
-        let child = daemon(&socket, &["--input-range=0-ffffffff"]).stderr(Stdio::piped()).spawn().unwrap();
+        Self::run(daemon_at(&socket), socket, directory)
+    }
+
+    /// Waits until it listens.
+    fn run(mut command: Command, socket: PathBuf, directory: tempfile::TempDir) -> Self {
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
+        while !is_listened_on(&socket) {
             assert!(Instant::now() < deadline, "the daemon does not listen");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -71,10 +77,21 @@ impl Daemon {
     }
 }
 
+fn daemon_at(socket: &Path) -> Command {
+    daemon(socket, &["--input-range=0-ffffffff"])
+}
+
 fn daemon(socket: &Path, options: &[&str]) -> Command {
     let mut command = Command::new(DAEMON);
     command.arg("--socket-path").arg(socket).args(options);
     command
+}
+
+/// Whether a process listens there, by the kernel's list of sockets: to connect would take the place of the frontend.
+fn is_listened_on(socket: &Path) -> bool {
+    let list = fs::read_to_string("/proc/net/unix").unwrap();
+    // Flag __SO_ACCEPTCON.
+    list.lines().any(|line| line.contains(" 00010000 ") && line.ends_with(socket.to_str().unwrap()))
 }
 
 fn run(command: &mut Command) -> (i32, String) {
@@ -99,6 +116,64 @@ fn a_signal_ends_a_daemon_that_serves() {
     let (code, log) = daemon.end();
     assert_eq!(code, 0, "{log}");
     assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
+fn a_signal_ends_a_daemon_at_every_point_of_a_session() {
+    type Step = fn(&mut Machine);
+    let steps: [Step; 6] = [
+        |machine| {
+            let features = machine.frontend.get_features().unwrap();
+            machine.frontend.set_features(features & !(1 << 29)).unwrap();
+        },
+        Machine::set_memory,
+        |machine| machine.start_ring(0),
+        |machine| assert_eq!(machine.send(&attach(1, 8, 0)), 6),
+        |machine| _ = machine.stop_ring(),
+        |machine| machine.start_ring(1),
+    ];
+    for count in 0..=steps.len() {
+        let daemon = Daemon::start();
+        let mut machine = Machine::connect(&daemon.socket, guest_memory(0x20_0000));
+        for step in &steps[..count] {
+            step(&mut machine);
+        }
+        daemon.signal(Signal::SIGTERM);
+        let (code, log) = daemon.end();
+        assert_eq!(code, 0, "after {count} steps: {log}");
+        assert!(log.contains("every endpoint is blocked"), "after {count} steps: {log}");
+    }
+    let daemon = Daemon::start();
+    let _silent = UnixStream::connect(&daemon.socket).unwrap();
+    daemon.signal(Signal::SIGTERM);
+    let (code, log) = daemon.end();
+    assert_eq!(code, 0, "{log}");
+}
+
+/// Waits for the ring's lock as `a_frontend_whose_files_block_does_not_keep_the_daemon` has it, so that an orderly end takes a second.
+#[test]
+fn a_second_signal_ends_a_daemon_at_once() {
+    let (mut daemon, mut machine) = Daemon::start_and_connect();
+    let full = EventFd::new(0).unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    machine.frontend.set_vring_call(0, &full).unwrap();
+    machine.config();
+    assert_eq!(machine.send(&attach(1, 8, 0)), 6);
+    machine.frontend.set_vring_call(0, &full).unwrap();
+    let status = loop {
+        daemon.signal(Signal::SIGTERM);
+        std::thread::sleep(Duration::from_millis(1));
+        if let Some(status) = daemon.child.try_wait().unwrap() {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Some(1), "the first one was obeyed to its end");
+    // What it left behind does not keep the next one from starting.
+    assert!(daemon.socket.exists());
+    let Daemon { socket, _directory: directory, .. } = daemon;
+    let next = Daemon::run(daemon_at(&socket), socket, directory);
+    next.signal(Signal::SIGTERM);
+    assert_eq!(next.end().0, 0);
 }
 
 #[test]
@@ -224,6 +299,38 @@ fn a_socket_path_that_is_taken_is_left_alone() {
     let (code, said) = run(&mut daemon(&live, &["--input-range=0-ffffffff"]));
     assert_eq!(code, 2);
     assert!(said.contains("in use by another process"), "{said}");
+}
+
+#[test]
+fn whatever_is_no_socket_is_left_alone_and_a_dead_socket_is_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::create_dir(path("directory")).unwrap();
+    drop(UnixListener::bind(path("dead")).unwrap());
+    std::os::unix::fs::symlink(path("dead"), path("link")).unwrap();
+    std::os::unix::fs::symlink(path("nowhere"), path("dangling")).unwrap();
+    let list = || {
+        let entries = fs::read_dir(directory.path()).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap()).map(|e| (e.file_name(), e.file_type().unwrap())).collect();
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        format!("{names:?}")
+    };
+    let before = list();
+    for name in ["directory", "link", "dangling"] {
+        let (code, said) = run(&mut daemon_at(&path(name)));
+        assert_eq!(code, 2, "{name}: {said}");
+        assert!(said.contains("is not a socket"), "{name}: {said}");
+        assert_eq!(list(), before);
+    }
+    // Whatever the mask of whoever starts it, nobody else can connect.
+    let dead = path("dead");
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 0; exec \"$@\"", "sh", DAEMON, "--input-range=0-ffffffff", "--socket-path"]).arg(&dead);
+    let daemon = Daemon::run(command, dead.clone(), directory);
+    assert_eq!(fs::metadata(dead).unwrap().permissions().mode() & 0o777, 0o600);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.end().0, 0);
 }
 
 #[test]

@@ -244,6 +244,13 @@ impl State {
     }
 }
 
+/// The mappings of a table that have an address of a range in them.
+fn overlapping(table: &BTreeMap<u64, FakeMapping>, range: IovaRange) -> Vec<IovaRange> {
+    let before = table.range(..range.start()).next_back().into_iter();
+    let inside = before.chain(table.range(range.start()..=range.last()));
+    inside.map(|(_, mapping)| mapping.iova).filter(|iova| iova.overlaps(range)).collect()
+}
+
 fn error(kind: HostErrorKind) -> HostError {
     HostError::new(kind, "a call that fails by plan or by rule", None)
 }
@@ -345,7 +352,7 @@ impl IoPageTable for FakeTable {
             return Err(MapError::Refused(error(HostErrorKind::Unmappable)));
         }
         let table = state.tables.get_mut(&self.id).expect("a live table");
-        if table.values().any(|mapping| mapping.iova.overlaps(iova)) {
+        if !overlapping(table, iova).is_empty() {
             return Err(MapError::Refused(error(HostErrorKind::AlreadyMapped)));
         }
         let to = to.iter().map(|segment| (segment.start().0, segment.length())).collect();
@@ -357,8 +364,7 @@ impl IoPageTable for FakeTable {
         let mut state = self.host.lock();
         let (failure, flavour) = (state.call(), state.flavour);
         let table = state.tables.get_mut(&self.id).expect("a live table");
-        let inside: Vec<IovaRange> =
-            table.values().map(|mapping| mapping.iova).filter(|mapped| mapped.overlaps(iova)).collect();
+        let inside = overlapping(table, iova);
         let take = match failure {
             Some(Failure::Error(kind)) => return Err(UnmapError { error: error(kind), gone: 0 }),
             Some(Failure::Short) => inside.len().min(1),

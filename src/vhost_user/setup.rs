@@ -65,6 +65,16 @@ pub enum SetupError {
         /// The device that was said.
         host: PciAddress,
     },
+    /// A device would have two IDs, and the guest would move it by one while it believes that the other stays.
+    #[error("endpoints {first} and {second} are both the host device {host}: give each device once")]
+    DeviceTwice {
+        /// The endpoint that was given first.
+        first: EndpointId,
+        /// The other one.
+        second: EndpointId,
+        /// The device.
+        host: PciAddress,
+    },
     /// VFIO was told to do without an IOMMU.
     #[error(
         "endpoint {id}: the host device {host} is behind no IOMMU (vfio-noiommu): nothing would hold its DMA. Turn the host's \
@@ -141,7 +151,8 @@ impl SetupError {
             | Self::WrongFile(_)
             | Self::NoFacts { .. }
             | Self::Device(_)
-            | Self::WrongDevice { .. } => true,
+            | Self::WrongDevice { .. }
+            | Self::DeviceTwice { .. } => true,
             Self::Plan(error) => matches!(error, PlanError::NoEndpoint),
             Self::Direct { .. }
             | Self::NoIommu { .. }
@@ -187,6 +198,7 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
     for endpoint in &arguments.endpoint {
         assigned.push(assign(&sysfs, endpoint, arguments, facts.as_ref())?);
     }
+    check_distinct(assigned.iter().map(|assigned| (assigned.id, assigned.host)))?;
     check_groups(&sysfs, &assigned)?;
 
     let policy = arguments.policy.policy();
@@ -259,6 +271,17 @@ fn assign(
     Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, node, group, facts })
 }
 
+/// Every endpoint must be another device. Files do not tell: a device can be opened, and a descriptor duplicated, many times.
+fn check_distinct(endpoints: impl Iterator<Item = (EndpointId, PciAddress)>) -> Result<(), SetupError> {
+    let mut seen = BTreeMap::new();
+    for (second, host) in endpoints {
+        if let Some(first) = seen.insert(host, second) {
+            return Err(SetupError::DeviceTwice { first, second, host });
+        }
+    }
+    Ok(())
+}
+
 /// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.
 fn check_groups(sysfs: &Sysfs, assigned: &[Assigned]) -> Result<(), SetupError> {
     for group in assigned.iter().map(|assigned| &assigned.group) {
@@ -313,5 +336,23 @@ fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
     }
     for advisory in &planned.advisories {
         warn!("endpoint {id}: {}: {}", advisory.range, advisory.kind);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_endpoints_are_two_devices() {
+        let [one, other]: [PciAddress; 2] = ["01:00.0", "01:00.1"].map(|address| address.parse().unwrap());
+        let (first, second) = (EndpointId(0x18), EndpointId(0x20));
+        assert!(check_distinct([(first, one), (second, other)].into_iter()).is_ok());
+        let error = check_distinct([(first, one), (EndpointId(0x28), other), (second, one)].into_iter()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "endpoints 0000:00:03.0 and 0000:00:04.0 are both the host device 0000:01:00.0: give each device once"
+        );
+        assert!(error.is_usage());
     }
 }

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Tests that look at what their process uses.
+
+use std::fs;
+use std::process::Command;
+
+/// Set in the process that runs one test alone.
+const ALONE: &str = "HOSTILE_TEST_ALONE";
+
+/// Runs a test in a process of its own, so that memory and files are those of this test only. `name` is the test's own.
+pub fn alone(name: &str, test: impl FnOnce()) {
+    if std::env::var_os(ALONE).is_some() {
+        return test();
+    }
+    let program = std::env::current_exe().unwrap();
+    let output = Command::new(program).args(["--exact", name, "--nocapture"]).env(ALONE, "").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("1 passed"), "there is no test {name}: {said}");
+}
+
+/// The most memory that this process ever had, in bytes.
+pub fn peak_memory() -> u64 {
+    status("VmHWM:")
+}
+
+/// The memory that this process has now, in bytes.
+pub fn memory() -> u64 {
+    status("VmRSS:")
+}
+
+fn status(field: &str) -> u64 {
+    let text = fs::read_to_string("/proc/self/status").unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    value.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// How many files this process has open.
+pub fn open_files() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
