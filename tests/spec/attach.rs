@@ -139,7 +139,7 @@ fn an_endpoint_that_is_attached_elsewhere_should_move() {
 /// SHOULD reject the request and set status to VIRTIO_IOMMU_S_UNSUPP."
 /// Answer: UNSUPP if the domain maps what the endpoint has reserved. Other differences are compatible: from then on what any of
 /// them has reserved is refused.
-/// Otherwise: all that were read; none compares.
+/// Otherwise: All that were read; none compares.
 #[test]
 fn an_endpoint_that_does_not_fit_the_domain_should_be_unsupp() {
     for flavour in FLAVOURS {

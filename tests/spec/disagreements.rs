@@ -40,7 +40,7 @@ pub const DISAGREEMENTS: &[Disagreement] = &[
         qemu: "does not look",
         cloud_hypervisor: "INVAL",
         crosvm: "INVAL",
-        why: "What the field will mean is not known, and a MUST.",
+        why: "What the field will mean is not known.",
         test: "attach::reserved_must_be_zero",
     },
     Disagreement {
@@ -112,7 +112,7 @@ pub const DISAGREEMENTS: &[Disagreement] = &[
         qemu: "accepted; such accesses are refused when they are translated",
         cloud_hypervisor: "accepted",
         crosvm: "does not look; the host may refuse",
-        why: "Some hosts would map it, and interrupts would be written to memory.",
+        why: "An IOMMU does not translate its doorbell, and may not the rest: DMA would not arrive where the driver thinks.",
         test: "reserved_memory::map_over_a_region_should_be_rejected",
     },
     Disagreement {

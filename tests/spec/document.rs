@@ -43,8 +43,8 @@ A driver that breaks a rule of its own meets this:
 const DISAGREE: &str = "
 ## Where other devices disagree
 
-A driver that was tried on one of them may have come to rely on what it does. Where they differ, this device does what the
-specification says, whoever else does.
+A driver that was tried on one of them may have come to rely on what it does. Where they differ, this device follows the
+specification.
 ";
 
 fn document(chapters: &[Chapter]) -> String {

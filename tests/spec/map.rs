@@ -28,7 +28,7 @@ fn map_to(start: u64, last: u64, physical: u64, flags: u32) -> Vec<u8> {
     request
 }
 
-/// Statement (5.13.6.5, text): "if an endpoint accesses address VA in [virt_start; virt_end], the device (or the physical IOMMU)
+/// Statement (5.13.6.5, text): "if an endpoint accesses address VA ∈ [virt_start; virt_end], the device (or the physical IOMMU)
 /// translates the address: PA = VA - virt_start + phys_start."
 /// Answer: For every endpoint of the domain, from the first byte to the last and no further.
 /// Otherwise: crosvm, for all but the last host group of a domain.

@@ -90,8 +90,8 @@ fn reserved_of_the_tail_should_be_zero() {
 
 /// Driver (5.13.6.1, SHOULD): "When a device uses a buffer without having written to it (i.e. used length is zero), the driver
 /// SHOULD interpret it as a request failure."
-/// Answer: Linux takes it for success. Every status is written, at the end of the device-writable part, and the used length is the
-/// whole of that.
+/// Answer: Every status is written, at the end of the device-writable part, and the used length is the whole of that: Linux takes 0
+/// for success.
 /// Otherwise: cloud-hypervisor, which has used length 0 for every refusal.
 #[test]
 fn every_status_is_a_full_write() {

@@ -70,7 +70,7 @@ fn regions_should_not_overlap() {
 /// Driver (5.13.6.8.1.1, SHOULD NOT): "The driver SHOULD NOT map any virtual address described by a
 /// VIRTIO_IOMMU_RESV_MEM_T_RESERVED or VIRTIO_IOMMU_RESV_MEM_T_MSI property."
 /// Answer: INVAL, for a region of any endpoint of the domain, even if the host would map it.
-/// Otherwise: all that were read; none looks.
+/// Otherwise: All that were read; none looks.
 #[test]
 fn map_over_a_region_should_be_rejected() {
     for flavour in FLAVOURS {

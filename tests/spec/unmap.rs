@@ -107,8 +107,7 @@ fn a_range_with_holes_should_be_ok() {
     }
 }
 
-/// Statement (5.13.6.6, text): "All mappings covered by the range [virt_start; virt_end] (inclusive) are removed." "As illustrated by
-/// example (4), partially removing a mapping isn't supported."
+/// Statement (5.13.6.6, text): "All mappings covered by the range [virt_start; virt_end] (inclusive) are removed."
 /// Answer: The seven examples of the specification, in granules instead of bytes, come out as they say.
 /// Otherwise: cloud-hypervisor and crosvm, in examples 6 and 7 with assigned devices.
 #[test]
