@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench bench-docs felt fuzz soak sanitize
+.PHONY: all quick demo test check unit model hostvm features conformance bench bench-docs felt fuzz soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -48,6 +48,11 @@ model:
 
 hostvm:
 	@sh tests/hostvm/run
+
+# Puts the statements of the specification that tests/spec checks into the documentation.
+conformance:
+	@UPDATE_CONFORMANCE=1 $(CARGO) test --quiet --no-default-features --features queue --test spec document
+	@echo "conformance: OK"
 
 # What things cost, beside what others would; needs valgrind. All of it, or those with a word in their names: ONLY=request/map.
 bench:

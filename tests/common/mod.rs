@@ -17,6 +17,10 @@ use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+mod requests;
+
+pub use requests::*;
+
 /// Guest memory, all in one file.
 pub type Memory = GuestMemoryMmap<()>;
 
@@ -264,45 +268,4 @@ impl Machine {
         assert_eq!(reply, Reply::only(reply.status));
         reply.status
     }
-}
-
-/// ATTACH
-pub fn attach(domain: u32, endpoint: u32, flags: u32) -> Vec<u8> {
-    words(&[1, domain, endpoint, flags, 0])
-}
-
-/// DETACH
-pub fn detach(domain: u32, endpoint: u32) -> Vec<u8> {
-    words(&[2, domain, endpoint, 0, 0])
-}
-
-/// MAP
-pub fn map(domain: u32, iova: u64, length: u64, physical: u64, flags: u32) -> Vec<u8> {
-    let mut bytes = words(&[3, domain]);
-    for field in [iova, iova + length - 1, physical] {
-        bytes.extend(field.to_le_bytes());
-    }
-    bytes.extend(flags.to_le_bytes());
-    bytes
-}
-
-/// UNMAP
-pub fn unmap(domain: u32, iova: u64, length: u64) -> Vec<u8> {
-    let mut bytes = words(&[4, domain]);
-    for field in [iova, iova + length - 1] {
-        bytes.extend(field.to_le_bytes());
-    }
-    bytes.extend([0; 4]);
-    bytes
-}
-
-/// PROBE
-pub fn probe(endpoint: u32) -> Vec<u8> {
-    let mut bytes = words(&[5, endpoint]);
-    bytes.resize(72, 0);
-    bytes
-}
-
-fn words(fields: &[u32]) -> Vec<u8> {
-    fields.iter().flat_map(|field| field.to_le_bytes()).collect()
 }
