@@ -10,8 +10,12 @@ use vm_memory::GuestAddress;
 use super::arena::Arena;
 use super::sync::pin;
 use super::table::Table;
+use super::{Limits, Translation};
 use crate::access::Access;
+use crate::host::{HostGroup, IoPageTable};
+use crate::id::EndpointId;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
+use crate::memory::GuestRam;
 use crate::range::IovaRange;
 
 /// As many nodes as a table of two pages side by side needs: the first root, the root above it, and one for the block they are in.
@@ -158,4 +162,55 @@ fn what_is_in_the_tree_stays_there_while_it_grows() {
         look_up(&table, &PAGES);
         look_up(&table, &[(0x1000, 0x3000)]);
     });
+}
+
+/// ATTACH to another domain, DETACH, and a write of `bypass`: all of them put a group on another table, or on none. An access is by the
+/// old one as a whole, or by the new one as a whole, and by the new one after the answer.
+#[test]
+fn an_access_is_by_the_table_of_before_or_by_the_one_after() {
+    const ENDPOINT: EndpointId = EndpointId(8);
+    let read = |translator: &super::Translator| {
+        let pinned = translator.pin();
+        let read = || pinned.translate(PAGES[0].0, 1, Access::READ).ok().map(|segment| segment.start.0);
+        let (first, second) = (read(), read());
+        assert_eq!(first, second, "the same pin, two tables");
+        (first, pinned)
+    };
+    for after in [Some(OTHERS[0].1), None] {
+        explore(move || {
+            let translation =
+                Translation::new(Limits { nodes: 2 * NODES, nodes_per_domain: NODES, ..Limits::default() });
+            let group = translation.group(vec![ENDPOINT]);
+            let table = |physical: u64| -> std::sync::Arc<dyn IoPageTable> {
+                let ram = GuestRam::in_software(&[(GuestAddress(physical), SMALLEST_PAGE)]).unwrap();
+                let to = ram.segments(GuestAddress(physical), SMALLEST_PAGE).unwrap();
+                let table = group.new_table().unwrap();
+                table.map(IovaRange::from_length(PAGES[0].0, SMALLEST_PAGE).unwrap(), &to, Access::READ).unwrap();
+                table
+            };
+            group.attach(&table(PAGES[0].1)).unwrap();
+            let next = after.map(table);
+            let translator = group.translator(ENDPOINT).unwrap();
+            let is_answered = Shared::new(AtomicBool::new(false));
+            let seen = Shared::clone(&is_answered);
+            let device = thread::spawn({
+                let translator = translator.clone();
+                move || {
+                    let (found, _pinned) = read(&translator);
+                    if found == Some(PAGES[0].1) {
+                        assert!(!seen.load(Ordering::Relaxed), "used after the answer");
+                    } else {
+                        assert_eq!(found, after);
+                    }
+                }
+            });
+            match &next {
+                Some(next) => group.attach(next).unwrap(),
+                None => group.block(),
+            }
+            is_answered.store(true, Ordering::Relaxed);
+            device.join().unwrap();
+            assert_eq!(read(&translator).0, after);
+        });
+    }
 }

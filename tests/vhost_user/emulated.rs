@@ -9,6 +9,7 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
     use virtio_iommu::translate::{Limits, Translation};
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+    let _files = FILES.read();
     let group = Arc::new(Translation::new(Limits::default()).group(vec![ID]));
     let translator = group.translator(ID).unwrap();
     let settings = Settings { boot_bypass: false, ..Settings::new("0-7fffffffff".parse().unwrap(), 0x1000) };
@@ -18,7 +19,6 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
         Arc::new(IommuBackend::new(device, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off }).unwrap());
     group.on_refused(backend.waker());
 
-    let _files = FILES.read();
     let (daemon, stream) = serve(&backend);
     let mut machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
     machine.start();

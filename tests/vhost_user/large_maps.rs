@@ -7,7 +7,7 @@ use super::*;
 impl Bench {
     /// While a MAP of all steps is under way, and the host goes on only when it is let, does something else with the backend.
     /// Lets the host on until that is done; how many steps that took.
-    fn during_a_large_map(&mut self, act: impl FnOnce(&IommuBackend) + Send + 'static) -> u64 {
+    pub fn during_a_large_map(&mut self, act: impl FnOnce(&Arc<IommuBackend>) + Send + 'static) -> u64 {
         assert_eq!(self.send(&attach(1, ENDPOINT, 0)), OK);
         let host = self.host.hold_maps();
         let half = MEMORY_SIZE as u64 / 2;
