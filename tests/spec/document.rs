@@ -28,6 +28,10 @@ DMA on a model of a host, and that nothing else changed. `cargo test --test spec
 The 53 normative statements of 5.13 about the device have numbers, in their order. Rows without one are sentences outside of the
 normative sections, or of other sections. Who does otherwise was found by reading, not by running: QEMU (10.2.50), cloud-hypervisor
 (ae44c2971), crosvm (f1e797a68), and kvmtool (its author's branch; there is none in its main one). They may have changed since.
+
+Four answers are not all that the words ask for. 12 and 24: the host moves a group as a whole, so a detached endpoint reaches what
+another member of its group is still attached to. 16 and 18: a host that is out of memory, or busy, is not taken for one that cannot,
+so that a driver can tell what may work later.
 ";
 
 const DEVICE: &str = "

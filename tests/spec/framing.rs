@@ -131,7 +131,7 @@ fn a_table_in_a_table_comes_back_unwritten() {
     let mut bench = Bench::new(Flavour::Iommufd);
     let before = bench.picture();
     let nested = table(table(request(&attach(1, LONE, 0), 4)));
-    let returned = send(&mut bench, &[nested.clone()]);
+    let returned = send(&mut bench, std::slice::from_ref(&nested));
     assert_eq!(returned, [Returned { chain: 0, used: 0, bytes: vec![UNWRITTEN; 4] }]);
     assert!(bench.picture() == before);
     let returned = send(&mut bench, &[nested, request(&attach(1, LONE, 0), 4)]);

@@ -6,7 +6,8 @@
 //! The comment of a test quotes the statement, says what the device does, and which other devices do not. `docs/conformance.md`
 //! is made of these comments (`make conformance`), so a test and its row cannot come apart. See [`statements`] for their form.
 
-#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
+#![allow(clippy::doc_markdown, reason = "the specification is quoted as it is")]
 
 mod attach;
 mod bench;
