@@ -6,6 +6,7 @@ use super::VirtioIommu;
 use super::domain::{Domain, DomainKind};
 use super::group::Agreement;
 use crate::id::{DomainId, EndpointId};
+use crate::range::RangeSet;
 use crate::request::Status;
 use crate::spec::feature;
 
@@ -57,11 +58,12 @@ impl VirtioIommu {
 
     /// Writes an endpoint into a domain's books, and out of those of the domain that it was in.
     fn join_domain(&mut self, domain: DomainId, id: EndpointId) {
+        let refused = self.refused_beside(id);
         let Some(endpoint) = self.endpoints.get_mut(&id) else { return };
         let previous = endpoint.domain.replace(domain);
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.insert(id);
-            domain.refused = domain.refused.union(endpoint.view.refused());
+            domain.refused = domain.refused.union(&refused);
         }
         // 5.13.6.3.2: "the device SHOULD behave as if the driver issued a DETACH request with this endpoint,
         // followed by the ATTACH request."
@@ -77,9 +79,8 @@ impl VirtioIommu {
             // with that domain, the device SHOULD reject the request and set status to VIRTIO_IOMMU_S_INVAL."
             Some(existing) if existing.is_bypass() != bypass => return Err(Status::Invalid),
             Some(existing) => {
-                let refused = self.endpoints.get(&id).map(|endpoint| endpoint.view.refused());
-                let conflict =
-                    existing.space().zip(refused).and_then(|(space, refused)| space.mappings.overlapping_any(refused));
+                let refused = self.refused_beside(id);
+                let conflict = existing.space().and_then(|space| space.mappings.overlapping_any(&refused));
                 // 5.13.6.3.2: if the properties of the endpoint are not compatible "the device SHOULD reject the
                 // request and set status to VIRTIO_IOMMU_S_UNSUPP".
                 if conflict.is_some() {
@@ -138,11 +139,26 @@ impl VirtioIommu {
     pub(super) fn leave_domain(&mut self, domain: DomainId, id: EndpointId) {
         if let Some(domain) = self.domains.get_mut(&domain) {
             domain.endpoints.remove(&id);
-            let left = domain.endpoints.iter().filter_map(|id| self.endpoints.get(id));
-            domain.refused = left.flat_map(|endpoint| endpoint.view.refused().ranges()).copied().collect();
         }
+        self.collect_refused_ranges(domain);
         self.drop_unused_tables();
         self.drop_domain_if_empty(domain);
+    }
+
+    /// What a domain must not map, now that another set of endpoints is in it.
+    fn collect_refused_ranges(&mut self, domain: DomainId) {
+        let endpoints = self.domains.get(&domain).map(|domain| &domain.endpoints);
+        let refused: Vec<RangeSet> = endpoints.into_iter().flatten().map(|id| self.refused_beside(*id)).collect();
+        if let Some(domain) = self.domains.get_mut(&domain) {
+            domain.refused = refused.iter().flat_map(RangeSet::ranges).copied().collect();
+        }
+    }
+
+    /// What must not be mapped for an endpoint: what is reserved for any member of its host group, as they all reach the same table.
+    fn refused_beside(&self, id: EndpointId) -> RangeSet {
+        let members = self.endpoints.get(&id).map_or(&[][..], |endpoint| self.group(endpoint.group).members());
+        let views = members.iter().filter_map(|member| Some(self.endpoints.get(member)?.view.refused()));
+        views.flat_map(RangeSet::ranges).copied().collect()
     }
 
     fn drop_domain_if_empty(&mut self, domain: DomainId) {

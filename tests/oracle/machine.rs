@@ -29,7 +29,7 @@ const MAX_DOMAINS: usize = 3;
 const MAX_MAPPINGS: usize = 8;
 const MAX_MAPPINGS_IN_ALL: usize = 12;
 /// The members of each host group.
-const GROUPS: [&[u32]; 3] = [&[8], &[9, 10], &[11]];
+const GROUPS: [&[u32]; 3] = [&[8], &[9, 10], &[11, 12]];
 /// The one with reserved regions.
 const NARROW: u32 = 11;
 const RESERVED: (u64, u64) = (6 * PAGE, 7 * PAGE - 1);

@@ -218,7 +218,7 @@ impl Oracle {
     /// Where DMA of the endpoint's host group at this address goes.
     pub fn reaches(&self, endpoint: u32, iova: u64) -> Reach {
         // RAM under a doorbell is cut off from the identity map: nothing ever maps what is reserved.
-        let cut_off = self.group(endpoint).any(|id| self.reserves(id, (iova, iova), &[1]));
+        let cut_off = self.reserves(endpoint, (iova, iova), &[1]);
         let identity = self.is_bypassed(endpoint) && self.is_ram((iova, iova)) && !cut_off;
         let byte = identity.then_some((iova, iova, true, true));
         for (first, physical, read, write) in self.granules(endpoint).into_iter().chain(byte) {
@@ -245,8 +245,7 @@ impl Oracle {
 
     /// Whether the endpoint's host group has the identity map of guest RAM: not while a member reserves some of it.
     pub fn is_bypassed(&self, endpoint: u32) -> bool {
-        let conflicts = |id| self.facts.ram.iter().any(|ram| self.reserves(id, *ram, &[0]));
-        self.table(endpoint).1 && !self.group(endpoint).any(conflicts)
+        self.table(endpoint).1 && !self.facts.ram.iter().any(|ram| self.reserves(endpoint, *ram, &[0]))
     }
 
     /// The domain that the endpoint's host group is in, and whether it asks for the identity map. Attached members that
@@ -277,10 +276,11 @@ impl Oracle {
         granules.map(|(key, mapping)| ((key.1, key.1 + (self.facts.granule - 1)), (mapping.0, mapping.1)))
     }
 
-    /// Whether the endpoint reserves a byte of the range, by a region of these subtypes.
+    /// Whether the endpoint's host group reserves a byte of the range, by a region of these subtypes: what one member reserves
+    /// its siblings do too, as they reach the same table.
     fn reserves(&self, endpoint: u32, range: (u64, u64), subtypes: &[u8]) -> bool {
-        let regions = self.endpoint(endpoint).map_or(&[][..], |facts| &facts.reserved);
-        let mut regions = regions.iter().filter(|region| subtypes.contains(&region.2));
+        let members = self.group(endpoint).filter_map(|id| self.endpoint(id));
+        let mut regions = members.flat_map(|facts| &facts.reserved).filter(|region| subtypes.contains(&region.2));
         regions.any(|region| overlap((region.0, region.1), range))
     }
 

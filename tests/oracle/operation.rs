@@ -165,7 +165,7 @@ fn few(domain: u8) -> u32 {
 
 /// An endpoint of the device, or one next to them.
 fn near(endpoint: u8) -> u32 {
-    pick(endpoint, &[8, 8, 9, 9, 10, 10, 11, 11, 11, 7])
+    pick(endpoint, &[8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 7])
 }
 
 /// A request of this type with these fields.
