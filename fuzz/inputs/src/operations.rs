@@ -3,12 +3,9 @@
 //! Requests, resets and host failures in any order, on the model of a host: whatever comes, an endpoint's DMA goes where
 //! the guest said or nowhere, and while the host refuses nothing, all that the guest mapped is there.
 
-#![no_main]
-
 use std::collections::BTreeMap;
 
-use arbitrary::Arbitrary;
-use libfuzzer_sys::fuzz_target;
+use arbitrary::{Arbitrary, Unstructured};
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::HostErrorKind;
 use virtio_iommu::host::fake::{Attachment, Failure, FakeHost, Flavour};
@@ -271,10 +268,12 @@ fn range(kind: u8, domain: u8, page: u8, pages: u8) -> Vec<u8> {
     bytes
 }
 
-fuzz_target!(|input: Input| {
+/// Takes the operations that the bytes stand for, and compares after each.
+pub fn check(bytes: &[u8]) {
+    let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(bytes)) else { return };
     let mut machine = Machine::new(&input);
     for operation in input.operations {
         machine.run(operation);
         machine.check();
     }
-});
+}
