@@ -193,7 +193,7 @@ impl Run {
             // The walk asks for things in the order in which a chain has them; each must have been read once, and next.
             let chain = walk(self.layout, head, &mut |at, length| match log.pop_front() {
                 Some(Access::Read(address, bytes)) if *address == at => {
-                    assert!(bytes.len() <= length, "more is read than there is");
+                    assert!(bytes.len() <= length, "{} bytes at {at:#x} are read, of {length}", bytes.len());
                     (bytes.len() == length).then(|| bytes.clone())
                 }
                 other => panic!("{length} bytes at {at:#x} are to be read, not {other:?}"),

@@ -19,8 +19,8 @@ const INDIRECT: u16 = 4;
 const MOST_ROOM: usize = 64 << 10;
 /// So is a chain of more descriptors.
 const MOST_DESCRIPTORS: usize = 256;
-/// Nor is more of a request looked at than the largest has.
-const LARGEST_REQUEST: usize = 36;
+/// Nor is more of a request looked at than the largest has: a PROBE.
+const LARGEST_REQUEST: usize = 72;
 
 record! {
     /// Where a queue is.
@@ -205,7 +205,12 @@ impl Image {
 
     /// The addresses at which two differ.
     pub fn differences<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u64> + 'a {
-        (0u64..).zip(self.0.iter().zip(&other.0)).filter(|(_, (a, b))| a != b).map(|(at, _)| at)
+        // By and large they are the same: that is seen at once.
+        let pieces = self.0.chunks(256).zip(other.0.chunks(256)).enumerate().filter(|(_, (a, b))| a != b);
+        pieces.flat_map(|(piece, (a, b))| {
+            let start = piece as u64 * 256;
+            (start..).zip(a.iter().zip(b)).filter(|(_, (a, b))| a != b).map(|(at, _)| at)
+        })
     }
 }
 
