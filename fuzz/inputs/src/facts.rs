@@ -19,7 +19,7 @@ use crate::wire::{self, Field, operations, record};
 record! {
     /// A range of addresses near those that matter.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Span {
+    struct Span {
         /// Near what.
         pub near: u8,
         /// How many pages behind it.
@@ -37,7 +37,7 @@ const NEAR: [u64; 7] = [0, 0x0800_0000, 0xe000_0000, 0xfee0_0000, 1 << 32, 1 << 
 operations! {
     /// Something that is known of the last device, or chosen.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub enum Known {
+    enum Known {
         /// A device, all else unknown.
         Device { driver: u8, kernel: u8, isolated: u8, },
         /// A reserved region.

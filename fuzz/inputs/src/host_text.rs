@@ -22,7 +22,7 @@ const NAMES: [&str; 4] = ["ranges", "dma-ranges", "#address-cells", "#size-cells
 record! {
     /// A line of `/proc/iomem`.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub struct Line {
+    struct Line {
         /// How deep it is.
         pub depth: u8,
         /// Its first address.
@@ -37,7 +37,7 @@ record! {
 operations! {
     /// A property of a node.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub enum Property {
+    enum Property {
         /// Any bytes.
         Raw { node: u8, name: u8, bytes: Vec<u8>, },
         /// Cells of an address and of a size.
@@ -115,11 +115,14 @@ fn tree(properties: &[Property]) -> Tree {
 
 /// The last cells of a number, one or two of them.
 fn number(value: u64, cells: u8) -> Vec<u8> {
-    value.to_be_bytes()[if cells % 2 == 0 { 0 } else { 4 }..].to_vec()
+    value.to_be_bytes()[if cells.is_multiple_of(2) { 0 } else { 4 }..].to_vec()
 }
 
 /// Something that is not as the specification has it.
 struct Wrong;
+
+/// An entry of `ranges`: the kind of space, and addresses below and above.
+type Entry = (u32, IovaRange, IovaRange);
 
 /// What a tree says, worked out node by node.
 struct Reader<'t>(&'t Tree);
@@ -144,13 +147,8 @@ impl Reader<'_> {
         Ok(1)
     }
 
-    /// Kind of space, and addresses below and above.
-    fn entries(
-        &self,
-        node: usize,
-        name: &str,
-        (address, size): (usize, usize),
-    ) -> Result<Option<Vec<(u32, IovaRange, IovaRange)>>, Wrong> {
+    /// The entries of a property, those of no size left out.
+    fn entries(&self, node: usize, name: &str, (address, size): (usize, usize)) -> Result<Option<Vec<Entry>>, Wrong> {
         let Some(words) = self.words(node, name)? else { return Ok(None) };
         let above = self.cells(node.saturating_sub(1), "#address-cells")?;
         let each = address + above + size;
@@ -207,7 +205,7 @@ impl Reader<'_> {
             }
         }
         let inbound = self.entries(PCIE, "dma-ranges", (3, 2))?.filter(|entries| !entries.is_empty());
-        let memory = |entries: Vec<(u32, IovaRange, IovaRange)>| {
+        let memory = |entries: Vec<Entry>| {
             entries.into_iter().filter(|(space, ..)| is_memory(*space)).map(|(_, bus, _)| bus).collect()
         };
         Ok((windows, inbound.map(memory)))

@@ -107,7 +107,7 @@ impl Machine {
             match domains[..] {
                 [] if state.bypass && attachment == Attachment::AsFound => (),
                 [] if state.bypass => {
-                    assert_eq!(reached, identity(), "bypass is guest memory, each address for itself")
+                    assert_eq!(reached, identity(), "bypass is guest memory, each address for itself");
                 }
                 [] => assert_eq!(attachment, Attachment::Blocked, "{members:?} are in no domain"),
                 [domain] => {

@@ -12,7 +12,7 @@ use crate::wire::{self, Field, record};
 record! {
     /// A request, and how many bytes there are for the reply.
     #[derive(Debug, PartialEq, Eq)]
-    pub struct Request {
+    struct Request {
         /// Bytes for the reply.
         pub writable: u16,
         /// The request.

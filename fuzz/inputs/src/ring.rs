@@ -18,7 +18,7 @@ use crate::wire::{self, Field, operations};
 operations! {
     /// What happens.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub enum Step {
+    enum Step {
         /// The driver writes to memory.
         Write { touch: Touch, },
         /// The driver writes a request to memory, as it should be.

@@ -12,7 +12,7 @@ use crate::wire::{self, Field, operations};
 operations! {
     /// A change to a state.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub enum Change {
+    enum Change {
         /// Another version, seldom.
         Version { version: u8, },
         /// Flips one of the features.
@@ -21,8 +21,8 @@ operations! {
         Bypass { bypass: bool, },
         /// Adds a domain at the end.
         Domain { id: u32, bypass: bool, endpoint: u8, },
-        /// Changes a domain's ID.
-        Rename { domain: u8, id: u32, },
+        /// Changes a domain's ID, to one of few.
+        Rename { domain: u8, id: u8, },
         /// Puts an endpoint into a domain.
         Join { domain: u8, endpoint: u32, },
         /// Takes an endpoint out of a domain.
@@ -40,8 +40,8 @@ operations! {
     }
 }
 
-/// A state that a device was in: groups that have parted, a bypass domain, an event, and memory that has left.
-fn busy() -> DeviceState {
+/// A state that a device was in: groups that have parted, a third domain, an event, and memory that has left.
+fn busy(bypass: bool) -> DeviceState {
     let mut machine = Machine::new(Flavour::Iommufd, true);
     let [left, right] = PAIR.map(|id| id.0);
     for request in [
@@ -52,7 +52,7 @@ fn busy() -> DeviceState {
         encode::map(7, 0x4_0000, 0x4_0fff, 0x2_0000, 2),
         encode::attach(2, right, 0),
         encode::map(2, 0, 0xfff, 0, 0),
-        encode::attach(3, LONE.0, 1),
+        encode::attach(3, LONE.0, bypass.into()),
     ] {
         let mut reply = [0xaa; 4];
         assert_eq!((machine.device.handle(&request, &mut reply), reply), (4, [0; 4]));
@@ -77,7 +77,7 @@ impl Change {
                 endpoints: vec![known(*endpoint)],
                 mappings: Vec::new(),
             }),
-            Self::Rename { domain: index, id } => _ = nth(domains, *index).map(|domain| domain.id = *id),
+            Self::Rename { domain: index, id } => _ = nth(domains, *index).map(|domain| domain.id = u32::from(id % 10)),
             Self::Join { domain: index, endpoint } => {
                 if let Some(domain) = nth(domains, *index) {
                     domain.endpoints.push(if *endpoint > 99 { *endpoint } else { known(*endpoint as u8) });
@@ -167,7 +167,7 @@ fn restore(state: &DeviceState, flavour: Flavour, boot_bypass: bool) {
         Err(error) => {
             assert_eq!(machine.host.calls(), calls, "a host was asked: {error}");
             assert!(machine.snapshot() == before, "something is changed: {error}");
-            machine.device.restore(&busy()).expect("it is as good as new");
+            machine.device.restore(&busy(true)).expect("it is as good as new");
         }
     }
 }
@@ -177,8 +177,10 @@ pub fn check(mut bytes: &[u8]) {
     let options = u8::take(&mut bytes);
     let flavour = if options & 2 == 0 { Flavour::Iommufd } else { Flavour::Type1 };
     let state = if options & 1 == 0 {
-        let mut state = busy();
-        wire::all::<Change>(bytes).iter().for_each(|change| change.apply(&mut state));
+        let mut state = busy(options & 8 == 0);
+        for change in wire::all::<Change>(bytes) {
+            change.apply(&mut state);
+        }
         state
     } else {
         match serde_json::from_slice(bytes) {
@@ -196,7 +198,7 @@ pub fn check(mut bytes: &[u8]) {
 /// The state itself, as text too, and changes of all kinds.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let seed = |options: u8, changes: &[Change]| [vec![options], wire::bytes_of(changes)].concat();
-    let text = serde_json::to_vec(&busy()).expect("numbers and names");
+    let text = serde_json::to_vec(&busy(true)).expect("numbers and names");
     vec![
         ("as-saved", seed(0, &[])),
         ("text", [vec![1], text].concat()),
@@ -232,6 +234,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                 &[Change::Fault { reason: 1, endpoint: 0, address: 1, times: 255 }, Change::Bypass { bypass: false }],
             ),
         ),
+        ("together", seed(8, &[Change::Leave { domain: 2, which: 0 }, Change::Join { domain: 1, endpoint: 1 }])),
         ("early", seed(6, &[Change::Version { version: 2 }])),
     ]
 }

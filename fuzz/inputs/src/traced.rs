@@ -73,12 +73,12 @@ impl GuestMemory for TracedMemory<'_> {
         GuestMemory::check_range(self.memory, start, length, permissions)
     }
 
-    fn get_slices<'a>(
-        &'a self,
+    fn get_slices(
+        &self,
         start: GuestAddress,
         length: usize,
         permissions: Permissions,
-    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
+    ) -> Result<impl GuestMemorySliceIterator<'_, BS<'_, ()>>> {
         if length != 0 {
             self.note(start, length, permissions);
         }

@@ -37,7 +37,7 @@ const CORNERS: [u64; 8] = [
 operations! {
     /// What happens.
     #[derive(Clone, Debug, PartialEq, Eq)]
-    pub enum Step {
+    enum Step {
         /// ATTACH
         Attach { domain: u8, endpoint: u8, bypass: bool, },
         /// DETACH

@@ -74,9 +74,9 @@ pub fn bytes_of<T: Field>(values: &[T]) -> Vec<u8> {
 
 /// Makes a structure a [`Field`], made of its own.
 macro_rules! record {
-    ($(#[$attribute:meta])* pub struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $type:ty,)* }) => {
+    ($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $type:ty,)* }) => {
         $(#[$attribute])*
-        pub struct $name { $($(#[$doc])* pub $field: $type,)* }
+        $visibility struct $name { $($(#[$doc])* pub $field: $type,)* }
 
         impl $crate::wire::Field for $name {
             fn take(bytes: &mut &[u8]) -> Self {
@@ -92,11 +92,11 @@ macro_rules! record {
 
 /// Makes an enumeration a [`Field`]: a tag of one byte, and the fields of what it says.
 macro_rules! operations {
-    ($(#[$attribute:meta])* pub enum $name:ident {
+    ($(#[$attribute:meta])* $visibility:vis enum $name:ident {
         $($(#[$doc:meta])* $variant:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* },)*
     }) => {
         $(#[$attribute])*
-        pub enum $name { $($(#[$doc])* $variant { $($(#[$field_doc])* $field: $type,)* },)* }
+        $visibility enum $name { $($(#[$doc])* $variant { $($(#[$field_doc])* $field: $type,)* },)* }
 
         impl $crate::wire::Field for $name {
             fn take(bytes: &mut &[u8]) -> Self {
