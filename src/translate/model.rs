@@ -10,7 +10,7 @@ use vm_memory::GuestAddress;
 use super::arena::Arena;
 use super::sync::pin;
 use super::table::Table;
-use super::{Limits, Translation};
+use super::{Limits, Pinned, Translation, Translator};
 use crate::access::Access;
 use crate::host::{HostGroup, IoPageTable};
 use crate::id::EndpointId;
@@ -164,18 +164,20 @@ fn what_is_in_the_tree_stays_there_while_it_grows() {
     });
 }
 
+/// What a device finds as long as it is pinned: one and the same.
+fn find(translator: &Translator) -> (Option<u64>, Pinned<'_>) {
+    let pinned = translator.pin();
+    let found = || pinned.translate(PAGES[0].0, 1, Access::READ).ok().map(|segment| segment.start.0);
+    let first = found();
+    assert_eq!(found(), first);
+    (first, pinned)
+}
+
 /// ATTACH to another domain, DETACH, and a write of `bypass`: all of them put a group on another table, or on none. An access is by the
 /// old one as a whole, or by the new one as a whole, and by the new one after the answer.
 #[test]
 fn an_access_is_by_the_table_of_before_or_by_the_one_after() {
     const ENDPOINT: EndpointId = EndpointId(8);
-    let read = |translator: &super::Translator| {
-        let pinned = translator.pin();
-        let read = || pinned.translate(PAGES[0].0, 1, Access::READ).ok().map(|segment| segment.start.0);
-        let (first, second) = (read(), read());
-        assert_eq!(first, second, "the same pin, two tables");
-        (first, pinned)
-    };
     for after in [Some(OTHERS[0].1), None] {
         explore(move || {
             let translation =
@@ -196,7 +198,7 @@ fn an_access_is_by_the_table_of_before_or_by_the_one_after() {
             let device = thread::spawn({
                 let translator = translator.clone();
                 move || {
-                    let (found, _pinned) = read(&translator);
+                    let (found, _pinned) = find(&translator);
                     if found == Some(PAGES[0].1) {
                         assert!(!seen.load(Ordering::Relaxed), "used after the answer");
                     } else {
@@ -210,7 +212,7 @@ fn an_access_is_by_the_table_of_before_or_by_the_one_after() {
             }
             is_answered.store(true, Ordering::Relaxed);
             device.join().unwrap();
-            assert_eq!(read(&translator).0, after);
+            assert_eq!(find(&translator).0, after);
         });
     }
 }

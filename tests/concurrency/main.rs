@@ -55,7 +55,7 @@ impl Drop for EndOnPanic<'_> {
 /// Does all of it at the same time. Ends the process if anything does not go on.
 fn at_once(works: Vec<(&'static str, Work<'_>)>) {
     const LEAST: u64 = 50;
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_secs(30);
     let seconds = std::env::var("SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     let end = Instant::now() + Duration::from_secs(seconds);
     let ended = &AtomicBool::new(false);
@@ -109,7 +109,7 @@ fn write_everywhere<M: GuestMemoryBackend>(
         let found = pinned.translate(slot(turn) + u64::from(device), 1, Access::WRITE);
         if let Ok(segment) = found {
             let memory = memory();
-            for _ in 0..100 {
+            for _ in 0..500 {
                 std::hint::spin_loop();
             }
             memory.write_obj(device, segment.start).unwrap();
@@ -124,7 +124,7 @@ fn is_left_alone<M: GuestMemoryBackend>(memory: &M, page: u64, round: u64) {
     let pattern = [round as u8 | 0x80; PAGE as usize];
     memory.write_slice(&pattern, GuestAddress(page)).unwrap();
     let mut found = [0; PAGE as usize];
-    for _ in 0..5 {
+    for _ in 0..20 {
         memory.read_slice(&mut found, GuestAddress(page)).unwrap();
         assert!(found == pattern, "round {round}: written after the answer");
     }
