@@ -4,7 +4,6 @@
 //! goes, is compared.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use virtio_iommu::access::Access;
 use virtio_iommu::device::{Settings, VirtioIommu};
@@ -34,8 +33,8 @@ const GROUPS: [&[u32]; 3] = [&[8], &[9, 10], &[11, 12]];
 const NARROW: u32 = 11;
 const RESERVED: (u64, u64) = (6 * PAGE, 7 * PAGE - 1);
 const DOORBELL: (u64, u64) = (10 * PAGE, 12 * PAGE - 1);
-/// Guest memories, in pages: two regions that touch; a part of them; others, under what is reserved; none.
-const MEMORIES: [&[Range<u64>]; 4] = [&[16..32, 32..56], &[16..32], &[4..9, 12..30], &[]];
+/// Guest memories, by their first and last pages: two regions that touch; a part of them; others, under what is reserved; none.
+const MEMORIES: [&[(u64, u64)]; 4] = [&[(16, 31), (32, 55)], &[(16, 31)], &[(4, 8), (12, 29)], &[]];
 
 const OK: u8 = 0;
 const DEVERR: u8 = 3;
@@ -72,7 +71,7 @@ impl Machine {
         let (host, mut device) = device(flavour, boot_bypass);
         let mut oracle = Oracle::new(facts(boot_bypass));
         device.set_memory(ram(0));
-        oracle.set_memory(pages(0));
+        oracle.set_memory(regions(0));
         let features = device.features();
         device.set_driver_features(features);
         oracle.set_driver_features(features);
@@ -111,7 +110,7 @@ impl Machine {
             Rare::Memory(which) => {
                 self.memory = usize::from(which) % MEMORIES.len();
                 self.device.set_memory(ram(self.memory));
-                self.oracle.set_memory(pages(self.memory));
+                self.oracle.set_memory(regions(self.memory));
             }
             Rare::Reset => {
                 self.device.reset();
@@ -287,7 +286,7 @@ fn facts(boot_bypass: bool) -> Facts {
         max_domains: MAX_DOMAINS,
         max_mappings: MAX_MAPPINGS,
         max_mappings_in_all: MAX_MAPPINGS_IN_ALL,
-        ram: pages(0),
+        ram: regions(0),
         endpoints: members.map(|(group, id)| EndpointFacts { id, group, reserved: reserved(id) }).collect(),
     }
 }
@@ -297,13 +296,13 @@ fn range((start, last): (u64, u64)) -> IovaRange {
 }
 
 fn ram(memory: usize) -> GuestRam {
-    let ranges =
-        MEMORIES[memory].iter().map(|pages| (GuestAddress(pages.start * PAGE), (pages.end - pages.start) * PAGE));
+    let ranges = regions(memory).into_iter().map(|(start, last)| (GuestAddress(start), last - start + 1));
     GuestRam::in_software(&ranges.collect::<Vec<_>>()).unwrap()
 }
 
-fn pages(memory: usize) -> Vec<(u64, u64)> {
-    MEMORIES[memory].iter().map(|pages| (pages.start * PAGE, pages.end * PAGE - 1)).collect()
+/// The first and last bytes of guest memory's regions.
+fn regions(memory: usize) -> Vec<(u64, u64)> {
+    MEMORIES[memory].iter().map(|(first, last)| (first * PAGE, (last + 1) * PAGE - 1)).collect()
 }
 
 fn error(kind: u8) -> HostErrorKind {

@@ -82,7 +82,7 @@ impl Oracle {
         match le32(readable, 0) as u8 {
             _ if writable_len < 4 => return vec![],
             kind @ ATTACH..=PROBE if readable.len() < [0, 20, 20, 36, 28, 72][usize::from(kind)] => {
-                broken[INVAL] = true
+                broken[INVAL] = true;
             }
             ATTACH => {
                 let (id, flags, bypass) = (le32(readable, 8), le32(readable, 12), le32(readable, 12) & 1 != 0);
@@ -193,7 +193,7 @@ impl Oracle {
         }
     }
 
-    /// The features that were negotiated: of these, BYPASS_CONFIG matters.
+    /// The features that were negotiated: of these, `BYPASS_CONFIG` matters.
     pub fn set_driver_features(&mut self, features: u64) {
         self.bypass_config = features & 1 << 6 != 0;
     }

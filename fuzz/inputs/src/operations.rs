@@ -7,6 +7,7 @@ use arbitrary::{Arbitrary, Unstructured};
 
 #[path = "../../../tests/oracle/machine.rs"]
 mod machine;
+#[allow(clippy::from_iter_instead_of_collect, reason = "it says what is made")]
 #[path = "../../../tests/oracle/model.rs"]
 mod model;
 #[path = "../../../tests/oracle/operation.rs"]
