@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! docs/hostile-cases.md is the list of cases. It names tests that there are, and all of those in this directory.
+//! docs/hostile-cases.md is the list of cases. It names tests that there are, and all of those in this directory. SECURITY.md names tests
+//! that there are.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -83,6 +84,43 @@ fn every_test_of_this_directory_is_in_the_list() {
         for name in tests_in(&read(&path)) {
             let test = format!("{}::{name}", path.display());
             assert!(shown_by.contains(&test), "{test} is not in docs/hostile-cases.md");
+        }
+    }
+}
+
+/// All Rust sources below a directory.
+fn sources(directory: &Path, text: &mut String) {
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        let (kind, path) = (entry.file_type().unwrap(), entry.path());
+        // The hosts of the tests are full of links that lead back.
+        if kind.is_dir() {
+            sources(&path, text);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            text.push_str(&fs::read_to_string(path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_promise_names_tests_that_there_are() {
+    let text = read("SECURITY.md");
+    let (_, table) = text.split_once("| promise | tests |\n|---|---|\n").unwrap();
+    let promises: Vec<&str> = table.lines().take_while(|line| line.starts_with('|')).collect();
+    assert!(promises.len() >= 10);
+    let mut functions = String::new();
+    for directory in ["src", "tests"] {
+        sources(&root().join(directory), &mut functions);
+    }
+    for promise in promises {
+        let named: Vec<&str> = promise.split('|').nth(2).unwrap().split('`').skip(1).step_by(2).collect();
+        assert!(!named.is_empty(), "{promise}");
+        for name in named {
+            // A test, a fuzz target, or scenarios of the host VM.
+            let group = name.split("::").next().unwrap();
+            let files = [format!("fuzz/fuzz_targets/{name}.rs"), format!("tests/hostvm/{group}.rs")];
+            let is_there =
+                functions.contains(&format!("fn {name}(")) || files.iter().any(|file| root().join(file).is_file());
+            assert!(is_there, "there is no {name}: {promise}");
         }
     }
 }
