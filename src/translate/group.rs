@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 
 use super::Translation;
 use super::cache::TranslationCache;
-use super::sync::{is_pinned, wait_for_pins};
+use super::sync::{Exchanged, is_pinned, wait_for_pins};
 use super::table::Table;
 use super::translator::Translator;
 use crate::access::Access;
@@ -19,7 +19,6 @@ use crate::id::EndpointId;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
 use crate::memory::HostSegment;
 use crate::range::{IovaRange, RangeSet};
-use arc_swap::ArcSwapOption;
 
 /// A group of endpoints whose devices are emulated and ask for translations; usually just one. As it is found it is blocked.
 #[derive(Debug)]
@@ -33,7 +32,7 @@ pub struct EmulatedGroup {
 #[derive(Debug, Default)]
 pub(super) struct Attachment {
     /// `None` while the group is blocked.
-    pub table: ArcSwapOption<Table>,
+    pub table: Exchanged<Table>,
     pub refused: RefusedAccesses,
 }
 

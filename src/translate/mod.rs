@@ -15,6 +15,13 @@
 //! translations as a [`TranslationCache`], which is told to forget them before the answer. It does not hold for [`IommuAdapter`],
 //! which has no say in how long its caller keeps a slice.
 //!
+//! # Locks
+//!
+//! A thread that translates takes, where the tree does not have the answer, the lock of its table's mappings and under it that of the
+//! free nodes; that of the refused accesses, to report one; and nothing else. Neither is held while anybody waits: who unmaps waits for
+//! pins, and calls caches, after it let go of the mappings. Whatever lock the device is behind comes before these, and no thread that is
+//! pinned takes that.
+//!
 //! # Memory
 //!
 //! The tree is filled as addresses are looked up, from a fixed number of nodes for the whole translation ([`Limits`]), so that no

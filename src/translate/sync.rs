@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pins and atomics, from the libraries or from the model checker.
+//! Pins, atomics and what is exchanged as a whole, from the libraries or from the model checker.
 //!
 //! A thread that uses a translation is pinned meanwhile. [`wait_for_pins`] returns when every pin that was there when it was
 //! called is gone; what was done before it is seen by every later pin.
 
 #[cfg(loom)]
-pub(super) use self::model::{AtomicU64, Mutex, Pin, is_pinned, pin, wait_for_pins};
+pub(super) use self::model::{AtomicU64, Exchanged, Loaded, Mutex, Pin, is_pinned, pin, wait_for_pins};
 #[cfg(not(loom))]
-pub(super) use self::real::{AtomicU64, Mutex, Pin, is_pinned, pin, wait_for_pins};
+pub(super) use self::real::{AtomicU64, Exchanged, Loaded, Mutex, Pin, is_pinned, pin, wait_for_pins};
 
 #[cfg(not(loom))]
 mod real {
@@ -18,7 +18,11 @@ mod real {
     pub(in super::super) use std::sync::Mutex;
     pub(in super::super) use std::sync::atomic::AtomicU64;
 
+    pub(in super::super) use arc_swap::ArcSwapOption as Exchanged;
     pub(in super::super) use crossbeam_epoch::{Guard as Pin, is_pinned, pin};
+
+    /// What was found in an [`Exchanged`].
+    pub(in super::super) type Loaded<T> = arc_swap::Guard<Option<Arc<T>>>;
 
     /// A function that is deferred runs when everybody who was pinned then is not any more.
     pub(in super::super) fn wait_for_pins() {
@@ -34,9 +38,12 @@ mod real {
     }
 }
 
-/// What the library promises, in the terms of the model checker: pins share a lock that the waiting one takes alone.
+/// What the libraries promise, in the terms of the model checker: pins share a lock that the waiting one takes alone, and an exchange
+/// is under a lock, which the checker sees.
 #[cfg(loom)]
 mod model {
+    use std::sync::Arc;
+
     pub(in super::super) use loom::sync::Mutex;
     pub(in super::super) use loom::sync::atomic::AtomicU64;
 
@@ -45,6 +52,27 @@ mod model {
     }
 
     pub(in super::super) type Pin = loom::sync::RwLockReadGuard<'static, ()>;
+
+    pub(in super::super) type Loaded<T> = Option<Arc<T>>;
+
+    #[derive(Debug)]
+    pub(in super::super) struct Exchanged<T>(Mutex<Option<Arc<T>>>);
+
+    impl<T> Default for Exchanged<T> {
+        fn default() -> Self {
+            Self(Mutex::new(None))
+        }
+    }
+
+    impl<T> Exchanged<T> {
+        pub fn load(&self) -> Loaded<T> {
+            self.0.lock().unwrap().clone()
+        }
+
+        pub fn swap(&self, value: Option<Arc<T>>) -> Option<Arc<T>> {
+            std::mem::replace(&mut *self.0.lock().unwrap(), value)
+        }
+    }
 
     pub(in super::super) fn pin() -> Pin {
         PINS.read().unwrap()

@@ -9,7 +9,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::group::Attachment;
 use super::memory::IovaMemory;
-use super::sync::{Pin, pin};
+use super::sync::{Loaded, Pin, pin};
 use super::table::Table;
 use crate::access::Access;
 use crate::host::refused::{RefusalReason, RefusedAccess};
@@ -86,7 +86,7 @@ impl Translator {
 /// Translations that hold while this value lives. It stays on its thread.
 #[derive(Debug)]
 pub struct Pinned<'t> {
-    table: arc_swap::Guard<Option<Arc<Table>>>,
+    table: Loaded<Table>,
     translator: &'t Translator,
     // Dropped last.
     _pin: Pin,

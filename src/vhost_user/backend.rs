@@ -59,8 +59,13 @@ pub struct BackendOptions {
     pub polling: Polling,
 }
 
-/// A device as the vhost-user library drives it. Locks are taken in this order: the state, then a ring. Under the state's
-/// lock no file of the frontend's is read or written.
+/// A device as the vhost-user library drives it.
+///
+/// Two threads of the library's call it, one for the connection and one for the rings, and whoever removes endpoints or shuts the
+/// device down. Locks are taken in this order, and none is waited for under a later one: `watch` (by the thread of the rings only), the
+/// state, a ring, its event files; guest memory is exchanged under the state's. Under none of them is a file of the frontend's read or
+/// written, so that none is held for longer than the host and guest memory take; what waits for devices that translate is done under
+/// the state's, which none of them needs.
 pub struct IommuBackend {
     options: BackendOptions,
     /// Guest memory as the frontend offers it. The library changes it before this backend is asked.

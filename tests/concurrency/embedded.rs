@@ -2,7 +2,7 @@
 
 //! The device behind a VMM's lock.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::embed::{EmbeddedIommu, Transport};
@@ -11,7 +11,7 @@ use virtio_iommu::id::EndpointId;
 use virtio_iommu::memory::GuestRam;
 use virtio_iommu::queue::QueueError;
 use virtio_iommu::reserved::EndpointView;
-use virtio_iommu::translate::{EmulatedGroup, Limits, Translation};
+use virtio_iommu::translate::{EmulatedGroup, Limits, Translation, Translator};
 use vm_memory::GuestMemoryMmap;
 
 use super::common::{attach, detach, map, unmap};
@@ -47,7 +47,7 @@ fn device(groups: &[Arc<EmulatedGroup>]) -> VirtioIommu {
 /// Guest memory, with the part that comes and goes or without.
 fn ram(with_high: bool) -> GuestRam {
     let ranges = [(GuestAddress(0), 0x20_0000), (GuestAddress(HIGH), PAGE)];
-    GuestRam::in_software(&ranges[..1 + usize::from(with_high)]).unwrap()
+    GuestRam::in_software(&ranges[..=usize::from(with_high)]).unwrap()
 }
 
 fn send(device: &mut VirtioIommu, request: &[u8]) -> u8 {
@@ -57,31 +57,47 @@ fn send(device: &mut VirtioIommu, request: &[u8]) -> u8 {
     reply[0]
 }
 
-#[test]
-fn what_was_answered_holds_whatever_else_a_vmm_does() {
-    let translation = Translation::new(Limits { nodes: 256, nodes_per_domain: 64, ..Limits::default() });
-    let group = |id| Arc::new(translation.group(vec![id]));
-    let groups = [DISK, UNATTACHED].map(group);
-    let disk = groups[0].translator(DISK).unwrap();
-    let unattached = groups[1].translator(UNATTACHED).unwrap();
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap());
-    let mut device = device(&groups);
-    device.set_driver_features(device.features());
-    let iommu: Mutex<Iommu> =
-        Mutex::new(EmbeddedIommu::new(device, Arc::clone(&memory), Arc::new(NoTransport)).unwrap());
-    let lock = || iommu.lock().unwrap_or_else(PoisonError::into_inner);
-    let attach_disk = |device: &mut VirtioIommu| {
-        assert_eq!(send(device, &attach(1, DISK.0, 0)), OK);
-        // The memory may be away.
-        send(device, &map(1, FIXED, PAGE, HIGH, READ_WRITE));
-    };
-    attach_disk(lock().device_mut());
-    let writes = AtomicU64::new(0);
+/// A VMM's device, and what is behind it.
+struct Vmm {
+    iommu: Mutex<Iommu>,
+    translation: Arc<Translation>,
+    disk: Translator,
+    unattached: Translator,
+    memory: Arc<GuestMemoryMmap>,
+}
 
-    let driver = |round| {
+fn attach_disk(device: &mut VirtioIommu) {
+    assert_eq!(send(device, &attach(1, DISK.0, 0)), OK);
+    // The memory may be away.
+    send(device, &map(1, FIXED, PAGE, HIGH, READ_WRITE));
+}
+
+fn translation() -> Arc<Translation> {
+    Translation::new(Limits { nodes: 256, nodes_per_domain: 64, ..Limits::default() })
+}
+
+impl Vmm {
+    fn new() -> Self {
+        let translation = translation();
+        let groups = [DISK, UNATTACHED].map(|id| Arc::new(translation.group(vec![id])));
+        let [disk, unattached] = [0, 1].map(|index| groups[index].translator([DISK, UNATTACHED][index]).unwrap());
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap());
+        let mut device = device(&groups);
+        device.set_driver_features(device.features());
+        attach_disk(&mut device);
+        let iommu = EmbeddedIommu::new(device, Arc::clone(&memory), Arc::new(NoTransport)).unwrap();
+        Self { iommu: Mutex::new(iommu), translation, disk, unattached, memory }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Iommu> {
+        self.iommu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A driver's MAP, and UNMAP or DETACH.
+    fn requests(&self, round: u64) {
         let (iova, page) = (slot(round), TARGETS[(round % 3) as usize]);
         let mapped = {
-            let mut iommu = lock();
+            let mut iommu = self.lock();
             let device = iommu.device_mut();
             let request = map(1, iova, PAGE, page, READ_WRITE);
             match send(device, &request) {
@@ -92,41 +108,47 @@ fn what_was_answered_holds_whatever_else_a_vmm_does() {
                 }
                 status => assert_eq!(status, OK),
             }
-            reach(&disk, iova)
+            reach(&self.disk, iova)
         };
         assert_eq!(mapped, Some(page), "round {round}");
         pause(round);
         {
-            let mut iommu = lock();
+            let mut iommu = self.lock();
             let device = iommu.device_mut();
             let leaves = round.is_multiple_of(2);
             let status = send(device, &if leaves { detach(1, DISK.0) } else { unmap(1, iova, PAGE) });
             // As after a reset, if it was.
             assert!(matches!(status, OK | INVAL | NOENT), "round {round}: {status}");
-            let found = reach(&disk, iova);
+            let found = reach(&self.disk, iova);
             // In no domain, an address may stand for itself.
             let may_be = (leaves || status != OK).then_some(iova);
             assert!(found.is_none() || found == may_be, "round {round}: {found:x?}");
         }
-        is_left_alone(&*memory, page, round);
-    };
-    let bypass = |round: u64| {
+        is_left_alone(&*self.memory, page, round);
+    }
+
+    /// Writes to the configuration space.
+    fn write_bypass(&self, round: u64) {
         let bypass = round % 2;
-        let mut iommu = lock();
+        let mut iommu = self.lock();
         iommu.write_config(BYPASS, &[bypass as u8]);
-        assert_eq!(reach(&unattached, 0x5000), (bypass == 1).then_some(0x5000), "round {round}");
-    };
-    let change_memory = |round: u64| {
+        assert_eq!(reach(&self.unattached, 0x5000), (bypass == 1).then_some(0x5000), "round {round}");
+    }
+
+    /// Memory that comes and goes.
+    fn change_memory(&self, round: u64) {
         let with_high = round % 2 == 1;
-        lock().device_mut().set_memory(ram(with_high));
-        let found = reach(&disk, FIXED);
+        self.lock().device_mut().set_memory(ram(with_high));
+        let found = reach(&self.disk, FIXED);
         assert!(found.is_none() || (with_high && found == Some(HIGH)), "round {round}: {found:x?}");
-    };
-    let plug = |round: u64| {
-        let group = Arc::new(translation.group(vec![PLUGGED]));
+    }
+
+    /// An endpoint that comes, is used, and goes.
+    fn plug(&self, round: u64) {
+        let group = Arc::new(self.translation.group(vec![PLUGGED]));
         let translator = group.translator(PLUGGED).unwrap();
         {
-            let mut iommu = lock();
+            let mut iommu = self.lock();
             let device = iommu.device_mut();
             device.add_group(group, vec![(PLUGGED, EndpointView::default())]).unwrap();
             assert_eq!(send(device, &attach(2, PLUGGED.0, 0)), OK, "round {round}");
@@ -134,16 +156,18 @@ fn what_was_answered_holds_whatever_else_a_vmm_does() {
             assert_eq!(reach(&translator, 0x5000), Some(0x1000), "round {round}");
         }
         std::thread::yield_now();
-        assert!(lock().device_mut().remove_endpoint(PLUGGED));
+        assert!(self.lock().device_mut().remove_endpoint(PLUGGED));
         assert_eq!(reach(&translator, 0x5000), None, "round {round}");
-        assert_eq!(send(lock().device_mut(), &attach(2, PLUGGED.0, 0)), NOENT, "round {round}");
-    };
-    let save = |_| {
-        let state = lock().device_mut().save();
-        let others = Translation::new(Limits { nodes: 256, nodes_per_domain: 64, ..Limits::default() });
+        assert_eq!(send(self.lock().device_mut(), &attach(2, PLUGGED.0, 0)), NOENT, "round {round}");
+    }
+
+    /// What is saved is what another device is then.
+    fn save(&self) {
+        let state = self.lock().device_mut().save();
+        let others = translation();
         let groups: Vec<_> =
             [DISK, UNATTACHED, PLUGGED].into_iter().map(|id| Arc::new(others.group(vec![id]))).collect();
-        let mut other = self::device(&groups);
+        let mut other = device(&groups);
         other.restore(&state).unwrap();
         assert_eq!(other.save(), state);
         for domain in &state.domains {
@@ -154,48 +178,52 @@ fn what_was_answered_holds_whatever_else_a_vmm_does() {
                 }
             }
         }
-    };
-    let reset = |round: u64| {
+    }
+
+    /// Resets of the device and of the machine.
+    fn reset(&self, round: u64) {
         std::thread::sleep(Duration::from_millis(2));
-        let mut iommu = lock();
+        let mut iommu = self.lock();
         if round % 3 == 2 {
-            iommu.system_reset()
+            iommu.system_reset();
         } else {
-            iommu.reset()
+            iommu.reset();
         }
         let device = iommu.device_mut();
         device.set_driver_features(device.features());
         // In bypass an address stands for itself, where there is memory; no mapping is left.
         for iova in (0..SLOTS).map(slot).chain([FIXED]) {
-            let found = reach(&disk, iova);
+            let found = reach(&self.disk, iova);
             assert!(found.is_none_or(|found| found == iova), "round {round}: {found:x?}");
         }
         assert_eq!(device.save().domains, []);
-    };
+    }
+}
+
+#[test]
+fn what_was_answered_holds_whatever_else_a_vmm_does() {
+    let vmm = &Vmm::new();
+    let writes = &AtomicU64::new(0);
     let mut last = 0;
-    let statistics = |round: u64| {
-        let now = lock().device_mut().statistics();
-        let answered: u64 = now.map.ok;
+    let statistics = move |round: u64| {
+        let answered = vmm.lock().device_mut().statistics().map.ok;
         assert!(answered >= last, "round {round}");
         last = answered;
         std::thread::yield_now();
     };
     let mut works: Vec<(&'static str, Work<'_>)> = vec![
-        ("requests", Box::new(driver)),
-        ("bypass", Box::new(bypass)),
-        ("memory", Box::new(change_memory)),
-        ("plugging", Box::new(plug)),
-        ("saving", Box::new(save)),
-        ("resets", Box::new(reset)),
+        ("requests", Box::new(|round| vmm.requests(round))),
+        ("bypass", Box::new(|round| vmm.write_bypass(round))),
+        ("memory", Box::new(|round| vmm.change_memory(round))),
+        ("plugging", Box::new(|round| vmm.plug(round))),
+        ("saving", Box::new(|_| vmm.save())),
+        ("resets", Box::new(|round| vmm.reset(round))),
         ("statistics", Box::new(statistics)),
     ];
     for device in 0..2 {
-        let (disk, memory, writes) = (&disk, &memory, &writes);
-        works.push((
-            "writes",
-            Box::new(move |_| write_everywhere(disk, || GuestMemoryMmap::clone(memory), device, writes)),
-        ));
+        let memory = || GuestMemoryMmap::clone(&vmm.memory);
+        works.push(("writes", Box::new(move |_| write_everywhere(&vmm.disk, memory, device, writes))));
     }
     at_once(works);
-    assert!(writes.into_inner() > 0, "the device wrote while it could");
+    assert!(writes.load(Ordering::Relaxed) > 0, "the device wrote while it could");
 }

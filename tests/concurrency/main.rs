@@ -72,9 +72,9 @@ fn at_once(works: Vec<(&'static str, Work<'_>)>) {
         let mut seen = vec![(0, Instant::now()); watched.len()];
         while threads.iter().any(|thread| !thread.is_finished()) {
             std::thread::sleep(Duration::from_millis(5));
-            for ((name, rounds), (last, since)) in watched.iter().zip(&mut seen) {
+            for (((name, rounds), thread), (last, since)) in watched.iter().zip(&threads).zip(&mut seen) {
                 let now = rounds.load(Ordering::Relaxed);
-                if now != *last || ended.load(Ordering::Relaxed) && threads.iter().all(|thread| thread.is_finished()) {
+                if now != *last || thread.is_finished() {
                     (*last, *since) = (now, Instant::now());
                 } else if since.elapsed() > PATIENCE {
                     eprintln!("{name} does not go on after {now} rounds");

@@ -21,6 +21,7 @@ pub mod requests;
 pub mod ring;
 pub mod state;
 pub mod translations;
+pub mod vhost_user;
 
 /// A target, its check, and the seeds it starts from, by name.
 pub struct Target {
@@ -42,4 +43,5 @@ pub const TARGETS: &[Target] = &[
     Target { name: "facts", check: facts::check, seeds: facts::seeds },
     Target { name: "host_text", check: host_text::check, seeds: host_text::seeds },
     Target { name: "translations", check: translations::check, seeds: translations::seeds },
+    Target { name: "vhost_user", check: vhost_user::check, seeds: vhost_user::seeds },
 ];
