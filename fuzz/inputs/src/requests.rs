@@ -101,12 +101,28 @@ fn send(machine: &mut Machine, readable: &[u8], writable: usize, before: u8) -> 
     if tail[0] != 0 || kind == Some(RequestKind::Probe) {
         assert_eq!(machine.snapshot(), snapshot, "status {} changes nothing", tail[0]);
     }
+    if kind.is_some_and(|kind| is_invalid(kind, readable)) {
+        assert_eq!(tail[0], Status::Invalid as u8, "what must be rejected is answered with {}", tail[0]);
+    }
     match kind {
         Some(RequestKind::Probe) if tail[0] == 0 => check_properties(readable, body),
         _ => assert!(body.iter().all(|byte| *byte == 0), "there is something before the tail"),
     }
     machine.check();
     (used, Some(reply))
+}
+
+/// Whether a request must be rejected whatever the state is: for its length, a reserved field or a flag.
+fn is_invalid(kind: RequestKind, readable: &[u8]) -> bool {
+    let (length, zero, flags): (_, &[usize], _) = match kind {
+        RequestKind::Attach => (20, &[16, 17, 18, 19], Some((12, 1))),
+        RequestKind::Detach => (20, &[], None),
+        RequestKind::Map => (36, &[], Some((32, 3))),
+        RequestKind::Unmap => (28, &[24, 25, 26, 27], None),
+        RequestKind::Probe => (72, &[], None),
+    };
+    let unknown = |(at, known): (usize, u32)| u32::take(&mut &readable[at..]) & !known != 0;
+    readable.len() < length || zero.iter().any(|at| readable[*at] != 0) || flags.is_some_and(unknown)
 }
 
 /// The properties are the endpoint's regions, one after the other, and zeroes.
@@ -181,7 +197,13 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             "framing",
             seed(
                 2,
-                &[(3, encode::detach(1, left)), (4, vec![1, 2, 3]), (4, vec![6; 36]), (8, encode::detach(1, left))],
+                &[
+                    (3, encode::detach(1, left)),
+                    (4, vec![1, 2, 3]),
+                    (4, vec![6; 36]),
+                    (4, encode::attach(5, left, 2)),
+                    (8, encode::detach(1, left)),
+                ],
             ),
         ),
     ]

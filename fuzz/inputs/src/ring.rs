@@ -331,6 +331,23 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             ),
         ),
         (
+            "nested",
+            seed(
+                false,
+                ORDERLY,
+                &[
+                    attach(),
+                    process(),
+                    indirect(0, 0x6100, 32, 4),
+                    write(Touch::Indirect { table: 0x610, index: 0, address: 0x4000, length: 20, flags: 1, next: 1 }),
+                    write(Touch::Indirect { table: 0x610, index: 1, address: 0x5100, length: 4, flags: 2, next: 0 }),
+                    write(Touch::Descriptor { index: 3, address: 0x6000, length: 16, flags: 4, next: 0 }),
+                    write(Touch::Available { head: 3 }),
+                    process(),
+                ],
+            ),
+        ),
+        (
             "broken",
             seed(false, ORDERLY, &[attach(), write(Touch::Index { value: 300 }), process(), attach(), process()]),
         ),
