@@ -82,6 +82,15 @@ pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(IomemError::Read { path, source }),
     };
+    windows_in(&text, &path, bridge)
+}
+
+/// The windows of a host bridge in the text of `/proc/iomem`; `path` is where it came from, for errors.
+///
+/// # Errors
+///
+/// [`IomemError::Line`]
+pub fn windows_in(text: &str, path: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>, IomemError> {
     let name = format!("PCI Bus {:04x}:{:02x}", bridge.segment, bridge.bus);
     let mut windows = Vec::new();
     for (index, line) in text.lines().enumerate() {
@@ -89,7 +98,7 @@ pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>
         if line.starts_with(' ') {
             continue;
         }
-        let bad = || IomemError::Line { path: path.clone(), line: index + 1, text: line.to_owned() };
+        let bad = || IomemError::Line { path: path.to_owned(), line: index + 1, text: line.to_owned() };
         let (range, label) = line.split_once(" : ").ok_or_else(bad)?;
         let (start, last) = range.split_once('-').ok_or_else(bad)?;
         let address = |text: &str| parse_address(text).map_err(|_| bad());

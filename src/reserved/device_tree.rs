@@ -69,18 +69,30 @@ struct Entry {
     above: IovaRange,
 }
 
+/// How a property is read, by its path: its bytes, or `NotFound` if the node does not have it.
+pub type ReadProperty<'r> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'r;
+
 /// Reads the node of a host bridge.
 ///
 /// # Errors
 ///
 /// [`DeviceTreeError`]
 pub fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
+    parse(node, &|path| fs::read(path))
+}
+
+/// Understands the node of a host bridge, in a tree that is wherever `read` finds it.
+///
+/// # Errors
+///
+/// [`DeviceTreeError`]
+pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceTreeError> {
     let is_memory = |entry: &Entry| matches!(entry.space >> 24 & 3, 2 | 3);
     let mut windows = Vec::new();
-    for entry in entries(node, "ranges", PCI_CELLS)?.into_iter().flatten().filter(is_memory) {
-        windows.push(BridgeWindow { bus: entry.below, cpu: to_cpu(node.parent(), entry.above)? });
+    for entry in entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory) {
+        windows.push(BridgeWindow { bus: entry.below, cpu: to_cpu(node.parent(), entry.above, read)? });
     }
-    let inbound = entries(node, "dma-ranges", PCI_CELLS)?;
+    let inbound = entries(node, "dma-ranges", PCI_CELLS, read)?;
     // Linux takes an empty property for no restriction (devm_of_pci_get_host_bridge_resources()).
     let inbound = inbound.filter(|entries| !entries.is_empty());
     let inbound = inbound.map(|entries| entries.iter().filter(|entry| is_memory(entry)).map(|e| e.below).collect());
@@ -88,17 +100,21 @@ pub fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
 }
 
 /// Follows an address through the buses between a node and the CPU; `None` where one of them does not lead on.
-fn to_cpu(bus: Option<&Path>, address: IovaRange) -> Result<Option<IovaRange>, DeviceTreeError> {
+fn to_cpu(
+    bus: Option<&Path>,
+    address: IovaRange,
+    read: &ReadProperty<'_>,
+) -> Result<Option<IovaRange>, DeviceTreeError> {
     let Some(bus) = bus.filter(|bus| !is_root(bus)) else {
         return Ok(Some(address));
     };
-    let cells = (cells(bus, "#address-cells")?, cells(bus, "#size-cells")?);
-    let above = match entries(bus, "ranges", cells)? {
+    let cells = (cells(bus, "#address-cells", read)?, cells(bus, "#size-cells", read)?);
+    let above = match entries(bus, "ranges", cells, read)? {
         None => return Ok(None),
         Some(entries) if entries.is_empty() => Some(address),
         Some(entries) => entries.into_iter().find_map(|entry| entry.translate(address)),
     };
-    above.map_or(Ok(None), |above| to_cpu(bus.parent(), above))
+    above.map_or(Ok(None), |above| to_cpu(bus.parent(), above, read))
 }
 
 impl Entry {
@@ -112,13 +128,18 @@ impl Entry {
 }
 
 /// The entries of a property, those of no size left out; `None` if the node does not have it.
-fn entries(node: &Path, name: &str, below: (usize, usize)) -> Result<Option<Vec<Entry>>, DeviceTreeError> {
+fn entries(
+    node: &Path,
+    name: &str,
+    below: (usize, usize),
+    read: &ReadProperty<'_>,
+) -> Result<Option<Vec<Entry>>, DeviceTreeError> {
     let path = node.join(name);
-    let Some(words) = property(&path)? else {
+    let Some(words) = property(&path, read)? else {
         return Ok(None);
     };
     let (address_cells, size_cells) = below;
-    let parent_cells = node.parent().map_or(Ok(1), |parent| cells(parent, "#address-cells"))?;
+    let parent_cells = node.parent().map_or(Ok(1), |parent| cells(parent, "#address-cells", read))?;
     let length = address_cells + parent_cells + size_cells;
     if length == 0 || !words.len().is_multiple_of(length) {
         let expected = format!("a number of entries of {length} cells");
@@ -150,10 +171,10 @@ fn number(cells: &[u32]) -> u64 {
 
 /// How many cells an address or a size has on the bus below a node: the node says, or one above it, or it is one
 /// (`of_n_addr_cells()` of Linux).
-fn cells(node: &Path, name: &str) -> Result<usize, DeviceTreeError> {
+fn cells(node: &Path, name: &str, read: &ReadProperty<'_>) -> Result<usize, DeviceTreeError> {
     for node in node.ancestors().take(DEEPEST) {
         let path = node.join(name);
-        if let Some(words) = property(&path)? {
+        if let Some(words) = property(&path, read)? {
             return match words[..] {
                 [count @ 0..=4] => Ok(count as usize),
                 _ => Err(DeviceTreeError::Size {
@@ -176,8 +197,8 @@ fn is_root(node: &Path) -> bool {
 }
 
 /// The cells of a property; `None` if it is not there.
-fn property(path: &Path) -> Result<Option<Vec<u32>>, DeviceTreeError> {
-    let bytes = match fs::read(path) {
+fn property(path: &Path, read: &ReadProperty<'_>) -> Result<Option<Vec<u32>>, DeviceTreeError> {
+    let bytes = match read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(DeviceTreeError::Read { path: path.to_owned(), source }),

@@ -90,7 +90,12 @@ impl FactsFile {
         self.devices.iter().find(|(device, _)| *device == id).map(|(_, facts)| facts)
     }
 
-    fn from_json(text: &str) -> Result<Self, serde_json::Error> {
+    /// Reads the text of a file.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, and in which line.
+    pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
         let document: Document = serde_json::from_str(text)?;
         let devices = document.endpoints.into_iter().map(|device| (device.id.0, device.facts.into()));
         Ok(Self { policy: document.policy.map(Policy::from).unwrap_or_default(), devices: devices.collect() })

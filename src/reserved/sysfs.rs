@@ -260,13 +260,22 @@ fn reserved_regions(path: &Path) -> Result<Option<Vec<HostRegion>>, SysfsError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),
     };
+    regions_in(&text, path).map(Some)
+}
+
+/// The regions in the text of a group's `reserved_regions`; `path` is where it came from, for errors.
+///
+/// # Errors
+///
+/// [`SysfsError::Region`] names the line; [`SysfsError::Truncated`] if lines may be missing.
+pub fn regions_in(text: &str, path: &Path) -> Result<Vec<HostRegion>, SysfsError> {
     if text.len() > LONGEST_LIST {
         return Err(SysfsError::Truncated { path: path.to_owned() });
     }
     let region = |(index, line): (usize, &str)| {
         line.parse().map_err(|source| SysfsError::Region { path: path.to_owned(), line: index + 1, source })
     };
-    text.lines().enumerate().map(region).collect::<Result<_, _>>().map(Some)
+    text.lines().enumerate().map(region).collect()
 }
 
 #[cfg(test)]
