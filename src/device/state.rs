@@ -135,6 +135,9 @@ pub enum RestoreError {
     /// A fault event has a reason that there is not.
     #[error("there is no fault reason {0}")]
     FaultReason(u8),
+    /// A fault event is of an endpoint that there is not.
+    #[error("a fault event is of endpoint {0}, which this device does not have")]
+    FaultEndpoint(EndpointId),
 }
 
 impl VirtioIommu {
@@ -215,7 +218,12 @@ impl VirtioIommu {
             }
         }
         for fault in &state.faults {
-            self.faults.push(fault.to_fault()?);
+            let fault = fault.to_fault()?;
+            // 5.13.6.9.2: "The device SHOULD write a valid endpoint ID in endpoint."
+            if !self.endpoints.contains_key(&fault.endpoint) {
+                return Err(RestoreError::FaultEndpoint(fault.endpoint));
+            }
+            self.faults.push(fault);
         }
         Ok(())
     }

@@ -55,7 +55,7 @@ fn a_state_that_no_device_can_be_in_is_refused_before_any_host_is_asked() {
     let state = busy().device.save();
     let mapping = |first, last, physical| MappingState { first, last, physical, read: true, write: false };
     let refused = |first, last, status| RestoreError::Mapping { domain: DomainId(7), first, last, status };
-    let cases: [(Change, RestoreError); 12] = [
+    let cases: [(Change, RestoreError); 13] = [
         (|state| state.version = 2, RestoreError::Version(2)),
         (|state| state.driver_features |= 1 << 50, RestoreError::Features(1 << 50)),
         (|state| state.domains.swap(0, 1), RestoreError::Domain(DomainId(2))),
@@ -71,6 +71,7 @@ fn a_state_that_no_device_can_be_in_is_refused_before_any_host_is_asked() {
             RestoreError::Endpoint { endpoint: LONE, domain: DomainId(3), status: Status::Invalid },
         ),
         (|state| state.faults[0].reason = 9, RestoreError::FaultReason(9)),
+        (|state| state.faults[0].endpoint = 99, RestoreError::FaultEndpoint(EndpointId(99))),
         (|state| state.domains[2].mappings[0].last = 0x3000, refused(0x1000, 0x3000, Status::Range)),
         (|state| state.domains[2].mappings[1].last = 0x4fff, refused(0x5000, 0x4fff, Status::Range)),
         (|state| state.domains[2].mappings[1].first = 0x2000, refused(0x2000, 0x5fff, Status::Invalid)),
