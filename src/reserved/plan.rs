@@ -190,6 +190,8 @@ pub enum PlanError {
 struct Findings {
     /// What the host can map for the group, and the operator wants to offer.
     usable: RangeSet,
+    /// What is reserved, and is no window.
+    reserved: RangeSet,
     /// Ranges that the host shows and that are windows.
     windows_shown: Vec<(RangeSet, WithheldReason)>,
     advisories: Vec<Advisory>,
@@ -264,7 +266,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
     if policy.peer_to_peer == PeerToPeer::CarveBars && facts.acs_isolated == Some(false) {
         usable = usable.subtract(&facts.bars.iter().flatten().copied().collect());
     }
-    Findings { usable, windows_shown, advisories }
+    Findings { usable, reserved, windows_shown, advisories }
 }
 
 fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
@@ -334,7 +336,8 @@ fn plan_endpoint(
     let mut regions = regions_of(&reserved, ReservedKind::Reserved);
     regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
     let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
-    let withheld = withheld(facts, &found.windows_shown, policy, &view);
+    let told = found.reserved.union(view.refused());
+    let withheld = withheld(facts, &found.windows_shown, policy, told);
     let all = facts.reserved_regions.iter().flatten();
     let direct = all.filter(|region| region.kind == HostRegionKind::Direct).map(|region| region.range).min();
     Ok(EndpointPlan { id, view, withheld, advisories, direct, bypass_refused })

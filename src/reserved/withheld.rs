@@ -5,7 +5,7 @@
 use std::fmt;
 
 use super::plan::{Inbound, Policy};
-use super::{EndpointView, Fact, HostFacts, Source, WithheldReason};
+use super::{Fact, HostFacts, Source, WithheldReason};
 use crate::range::{IovaRange, RangeSet};
 
 /// A range that is not reported.
@@ -79,12 +79,13 @@ impl Evidence {
 }
 
 /// Everything known that is not reported: windows that the host shows, windows that it does not, and what devices cannot
-/// reach, each once and for the first of these reasons. Ascending, disjoint.
+/// reach, each once and for the first of these reasons. What is `told` to be reserved, or would be if it was in the input range, is
+/// not withheld, window or not. Ascending, disjoint.
 pub(super) fn withheld(
     facts: &HostFacts,
     windows_shown: &[(RangeSet, WithheldReason)],
     policy: &Policy,
-    view: &EndpointView,
+    told: RangeSet,
 ) -> Vec<Withheld> {
     let mut candidates = windows_shown.to_vec();
     if let Some(windows) = &facts.windows {
@@ -93,7 +94,7 @@ pub(super) fn withheld(
     if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Withhold) {
         candidates.push((RangeSet::from(IovaRange::ALL).subtract(inbound), WithheldReason::InboundByPolicy));
     }
-    let mut accounted = view.refused().clone();
+    let mut accounted = told;
     let mut withheld: Vec<Withheld> = Vec::new();
     for reason in [
         WithheldReason::WindowByMatch,
