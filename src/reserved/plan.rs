@@ -314,15 +314,9 @@ fn plan_endpoint(
         inside
     });
     // All of the input range that is not usable, with the guest's doorbell cut out and shown as what it is.
-    let mut reserved = offered.subtract(&found.usable);
-    if let Some(msi) = msi {
-        reserved = reserved.subtract(&RangeSet::from(msi));
-    }
+    let mut reserved = offered.subtract(&found.usable).subtract(&msi.into_iter().collect());
     let fits = fit(&reserved, msi, policy);
     reserved = fits.map_err(|(regions, probe_size)| PlanError::ProbeSize { endpoint: id, regions, probe_size })?;
-    if offered.subtract(&reserved).is_empty() {
-        return Err(PlanError::NothingUsable { endpoint: id, input_range });
-    }
     let mut advise_on = |ranges: &[IovaRange], kind| {
         let hit = reserved.intersect(&ranges.iter().copied().collect());
         advisories.extend(hit.ranges().iter().map(|range| Advisory { range: *range, kind }));
@@ -336,8 +330,11 @@ fn plan_endpoint(
     let mut regions = regions_of(&reserved, ReservedKind::Reserved);
     regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
     let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
-    let told = found.reserved.union(view.refused());
-    let withheld = withheld(facts, &found.windows_shown, policy, told);
+    // Regions that were widened, or the doorbell, may take all that could be mapped.
+    if offered.subtract(view.refused()).is_empty() {
+        return Err(PlanError::NothingUsable { endpoint: id, input_range });
+    }
+    let withheld = withheld(facts, &found.windows_shown, policy, found.reserved.union(view.refused()));
     let all = facts.reserved_regions.iter().flatten();
     let direct = all.filter(|region| region.kind == HostRegionKind::Direct).map(|region| region.range).min();
     Ok(EndpointPlan { id, view, withheld, advisories, direct, bypass_refused })
