@@ -5,7 +5,7 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features bench bench-docs felt fuzz soak sanitize
+.PHONY: all quick demo test check unit model hostvm features bench bench-docs felt fuzz fuzz-smoke soak sanitize
 
 all:
 	$(CARGO) build --release
@@ -19,14 +19,16 @@ demo:
 	@sh tests/hostvm/demo
 
 # Everything. The host VM's pieces are fetched once; see tests/hostvm/run.
-test: check unit model quick hostvm
+test: check unit model fuzz-smoke quick hostvm
 	@echo "test: OK"
 
 check:
 	@echo "check: format, lints, documentation"
 	@$(CARGO) fmt --all --check
+	@$(CARGO) fmt --manifest-path fuzz/Cargo.toml --all --check
 	@$(CARGO) clippy --quiet --all-targets --all-features -- -D warnings
 	@$(CARGO) clippy --quiet --all-targets --no-default-features -- -D warnings
+	@$(CARGO) clippy --quiet --manifest-path fuzz/inputs/Cargo.toml --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --no-deps --all-features
 	@sh tests/bare-dependencies
 	@$(MAKE) --no-print-directory features
@@ -74,10 +76,15 @@ soak:
 TARGET ?= requests
 SECONDS ?= 60
 
-# One fuzz target; needs a nightly compiler and cargo-fuzz.
+# One fuzz target under the address sanitizer, on what earlier runs found and its seeds; needs a nightly compiler and cargo-fuzz.
 fuzz:
-	@$(CARGO) +nightly fuzz run $(TARGET) -- -max_total_time=$(SECONDS)
-	@echo "fuzz: OK"
+	@sh fuzz/run $(TARGET) $(SECONDS)
+
+# Every fuzz target from its seeds for a while, on the compiler that builds the crate, after all inputs that are kept.
+fuzz-smoke:
+	@echo "fuzz: seeds and regressions"
+	@$(CARGO) test --quiet --manifest-path fuzz/inputs/Cargo.toml
+	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),20,$(SECONDS))
 
 # The stress test of translations under the thread sanitizer; needs a nightly compiler with rust-src. The standard library is built
 # too: without that its locks would not be known, and what they guard would look like races.
