@@ -7,6 +7,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod machine;
+#[allow(clippy::from_iter_instead_of_collect, reason = "it says what is made")]
 mod model;
 mod operation;
 
