@@ -100,12 +100,12 @@ fn an_access_is_all_of_the_old_policy_or_all_of_the_new() {
         let _ends = Ends(&ended);
         let mut turns = 0u32;
         while turns < 2000 || passed.load(Ordering::Relaxed) < 100 || refused.load(Ordering::Relaxed) < 100 {
-            let bypass = turns % 2 == 0;
+            let bypass = turns.is_multiple_of(2);
             machine.device.write_config(36, &[u8::from(bypass)]);
             // Once that has returned, by the new one.
             assert_eq!(lands(&free, 0x5000), bypass.then_some(0x5000), "turn {turns}");
             turns += 1;
-            if turns % 64 == 0 {
+            if turns.is_multiple_of(64) {
                 std::thread::yield_now();
             }
         }

@@ -68,7 +68,7 @@ fn the_largest_table_takes_no_more_and_no_request_walks_through_it() {
                     assert_eq!(machine.handle(&unmap(1, iova(*page) + offset, 0x1000)), OK);
                 }
             });
-            time / pages.len() as i64
+            time / i64::try_from(pages.len()).unwrap()
         };
         machine.fill(1 << 12);
         let (nothing_of_few, one_of_few) =
