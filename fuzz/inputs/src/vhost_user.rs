@@ -25,7 +25,7 @@ use virtio_iommu::queue::Polling;
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
 use virtio_iommu::vhost_user::{BackendDaemon, BackendOptions, IommuBackend, OnStop};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const ENDPOINT: EndpointId = EndpointId(8);
@@ -144,6 +144,7 @@ impl Run {
             REQUEST => {
                 self.put_request(step);
                 self.kick();
+                self.wait_for_answer();
             }
             code => return self.say(u32::from(code), step),
         }
@@ -252,10 +253,27 @@ impl Run {
         }
     }
 
-    /// What a device reaches is memory that the frontend gave and did not take back, and never a reserved region.
+    /// Waits a moment for the request to be answered. It never is if the ring is not what it should be.
+    fn wait_for_answer(&self) {
+        for _ in 0..20 {
+            let mut used = [0; 2];
+            self.memory.read_exact_at(&mut used, 0x2002).expect("memory");
+            if u16::from_le_bytes(used) == self.requests {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Memory is there to the end of its files. What a device reaches is memory that the frontend gave and did not take back, and never a reserved region.
     fn check(&self) {
         let msi = "fee00000-feefffff".parse().expect("a range");
         let memory = self.backend.memory().memory();
+        for region in memory.iter() {
+            let place = region.file_offset().expect("memory of a frontend's is a file");
+            let size = place.file().metadata().expect("a file").len();
+            assert!(place.start() + region.len() <= size, "memory is missing at {:x?}", region.start_addr());
+        }
         for mapping in self.host.mappings(ENDPOINT) {
             let in_bypass = mapping.to.first().is_some_and(|(start, _)| *start == mapping.iova.start());
             assert!(in_bypass || !mapping.iova.overlaps(msi), "a reserved region is mapped: {mapping:x?}");
