@@ -177,10 +177,10 @@ struct Signals {
 impl Signals {
     fn new() -> io::Result<Self> {
         let (pipe, write_end) = UnixStream::pair()?;
+        let seen = Arc::new(AtomicBool::new(false));
         for signal in [SIGTERM, SIGINT] {
-            let seen = Arc::new(AtomicBool::new(false));
             signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&seen))?;
-            signal_hook::flag::register(signal, seen)?;
+            signal_hook::flag::register(signal, Arc::clone(&seen))?;
             signal_hook::low_level::pipe::register(signal, write_end.try_clone()?)?;
         }
         signal_hook::low_level::pipe::register(SIGHUP, write_end)?;
