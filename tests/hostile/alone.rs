@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Tests that look at what their process uses.
+//! What tests need that look at their process, or have threads.
 
 use std::fs;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Set in the process that runs one test alone.
 const ALONE: &str = "HOSTILE_TEST_ALONE";
@@ -18,6 +19,15 @@ pub fn alone(name: &str, test: impl FnOnce()) {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     assert!(said.contains("1 passed"), "there is no test {name}: {said}");
+}
+
+/// Tells another thread to end, even if this one panics.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// The most memory that this process ever had, in bytes.

@@ -15,6 +15,7 @@ use virtio_iommu::reserved::EndpointView;
 use virtio_iommu::translate::{Limits, Translation};
 use virtio_queue::desc::split::Descriptor;
 
+use crate::alone::Ends;
 use crate::common::{attach, map};
 use crate::machine::{
     FILL, LONE, Machine, NEXT, NOMEM, OK, READ, REPLY, REQUEST, Ring, WRITABLE, WRITE, ram, settings,
@@ -143,12 +144,12 @@ fn a_flood_of_refused_accesses_holds_no_request_up() {
     let ended = AtomicBool::new(false);
     let answered = std::thread::scope(|scope| {
         scope.spawn(|| {
+            let _ends = Ends(&ended);
             for access in 0..ACCESSES {
                 translator.with_translation(access << 12, 8, Access::WRITE, |mut segments| {
                     assert!(segments.next().unwrap().is_err(), "nothing allows that");
                 });
             }
-            ended.store(true, Ordering::Release);
         });
         let mut answered = 0;
         while !ended.load(Ordering::Acquire) {
