@@ -2,13 +2,14 @@
 
 //! `viommuctl check` and `run`, and what the daemon refuses, on the host VM's own devices.
 
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 use virtio_iommu::id::PciAddress;
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, inheritable};
 use crate::pci::{EDU, NVME, bind_to_vfio, find, open, open_vfio};
 
 /// Two devices of one group on QEMU's q35 machine: its disk controller and its bus for sensors.
@@ -85,10 +86,17 @@ fn a_file_for_another_device_is_refused() {
     assert_eq!(daemon.wait().code(), Some(2));
     daemon.expect_log(&format!("is for the host device {edu}"));
     // The same file twice.
-    let again = format!("--endpoint=id=00:04.0,cdev-fd={}", std::os::fd::AsRawFd::as_raw_fd(&device));
+    let again = format!("--endpoint=id=00:04.0,cdev-fd={}", device.as_raw_fd());
     let mut daemon = Daemon::start("twice", &iommufd, &device, "id=00:03.0", &["--input-range=0-ffffffff", &again]);
     assert_eq!(daemon.wait().code(), Some(2));
     daemon.expect_log("is given twice");
+    // The same device by another file.
+    let other = device.try_clone().unwrap();
+    inheritable(&other, true);
+    let again = format!("--endpoint=id=00:04.0,cdev-fd={}", other.as_raw_fd());
+    let mut daemon = Daemon::start("same", &iommufd, &device, "id=00:03.0", &["--input-range=0-ffffffff", &again]);
+    assert_eq!(daemon.wait().code(), Some(2));
+    daemon.expect_log(&format!("are both the host device {edu}"));
 }
 
 #[test]
