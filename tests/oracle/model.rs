@@ -65,9 +65,7 @@ pub struct Oracle {
 impl Oracle {
     /// The state when the system starts.
     pub fn new(facts: Facts) -> Self {
-        let mut oracle = Self::default();
-        (oracle.bypass, oracle.facts) = (facts.boot_bypass, facts);
-        oracle
+        Self { bypass: facts.boot_bypass, facts, ..Self::default() }
     }
 
     /// Every status that is right for this request in this state: OK alone, or one for each rule that it breaks, as
@@ -179,16 +177,14 @@ impl Oracle {
         let page_size_mask = facts.granule | (2 << 20 | 1 << 30) & !(facts.granule - 1);
         let domain_range = u64::from(facts.domain_range.0) | u64::from(facts.domain_range.1) << 32;
         let probe_size = u64::from(facts.probe_size) | u64::from(self.bypass) << 32;
-        let (first, last) = facts.input_range;
-        let words = [page_size_mask, first, last, domain_range, probe_size];
+        let words = [page_size_mask, facts.input_range.0, facts.input_range.1, domain_range, probe_size];
         words.map(u64::to_le_bytes).concat().try_into().unwrap()
     }
 
     /// The driver writes configuration space: only `bypass` takes it, and only 0 or 1. Whether it was negotiated cannot be asked: a
     /// vhost-user frontend tells what was when the queues start.
     pub fn write_config(&mut self, offset: usize, bytes: &[u8]) {
-        let written = 36_usize.checked_sub(offset).and_then(|at| bytes.get(at));
-        if let Some(value @ 0..=1) = written {
+        if let Some(value @ 0..=1) = 36_usize.checked_sub(offset).and_then(|at| bytes.get(at)) {
             self.bypass = *value == 1;
         }
     }
@@ -200,9 +196,7 @@ impl Oracle {
 
     /// Device reset: `bypass` alone survives.
     pub fn reset(&mut self) {
-        let bypass = self.bypass;
-        self.system_reset();
-        self.bypass = bypass;
+        *self = Self { bypass: self.bypass, ..Self::new(self.facts.clone()) };
     }
 
     /// System reset.
@@ -223,8 +217,7 @@ impl Oracle {
         let byte = identity.then_some((iova, iova, true, true));
         for (first, physical, read, write) in self.granules(endpoint).into_iter().chain(byte) {
             if first <= iova && iova - first < self.facts.granule {
-                let physical = physical + (iova - first);
-                return Reach::To { physical, read, write };
+                return Reach::To { physical: physical + (iova - first), read, write };
             }
         }
         Reach::Blocked
