@@ -21,6 +21,11 @@ impl VirtioIommu {
                     return Err(status);
                 }
             }
+            // The host is not asked for a bypass that it would refuse.
+            _ if bypass && self.has_memory_in_reserved(id) => {
+                self.drop_domain_if_empty(domain);
+                return Err(Status::Unsupported);
+            }
             Agreement::Unattached | Agreement::Disagreement => self.group_mut(group).block(),
         }
         self.join_domain(domain, id);

@@ -154,7 +154,7 @@ fn misaligned(domain: u32, page: u8, pages: u8, by: u16, unmaps: bool, at_end: b
 }
 
 /// One of several, of which some are there more often.
-fn pick<T: Copy>(byte: u8, from: &[T]) -> T {
+pub fn pick<T: Copy>(byte: u8, from: &[T]) -> T {
     from[usize::from(byte) % from.len()]
 }
 

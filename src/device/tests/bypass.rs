@@ -78,6 +78,25 @@ fn bypass_is_refused_when_memory_lies_in_a_reserved_region() {
 }
 
 #[test]
+fn a_member_that_moves_away_is_refused_a_bypass_that_it_could_not_have() {
+    let host = FakeHost::new(Flavour::Iommufd);
+    let hole = ReservedRegion { range: range("8000-8fff"), kind: ReservedKind::Reserved };
+    let view = EndpointView::new(vec![msi_view().reported()[0], hole]).unwrap();
+    let group = host.group(&[LEFT, RIGHT], usable().subtract(view.refused()));
+    let endpoints = vec![(LEFT, view.clone()), (RIGHT, view)];
+    let mut device = VirtioIommu::new(settings(), endpoints, vec![group]).unwrap();
+    device.set_driver_features(device.features());
+    device.set_memory(ram());
+    for (domain, id, flags, status) in [(1, LEFT, 0, OK), (1, RIGHT, 0, OK), (2, LEFT, 1, UNSUPP)] {
+        let mut tail = [0xaa; 4];
+        assert_eq!(device.handle(&attach_bytes(domain, id, flags), &mut tail), 4);
+        assert_eq!(tail, [status, 0, 0, 0]);
+    }
+    assert!(matches!(host.attachment(LEFT), Attachment::Table(_)), "nothing changed");
+    assert_eq!(device.save().domains.iter().map(|domain| domain.endpoints.len()).collect::<Vec<_>>(), [2]);
+}
+
+#[test]
 fn reset_detaches_everything_and_keeps_bypass() {
     for boot_bypass in [true, false] {
         let mut machine = Machine::with(Flavour::Iommufd, Settings { boot_bypass, ..settings() });
