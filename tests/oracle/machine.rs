@@ -25,8 +25,8 @@ const INPUT_RANGE: (u64, u64) = (PAGE, PAGES * PAGE - 1);
 const DOMAIN_RANGE: (u32, u32) = (1, 4);
 const PROBE_SIZE: u32 = 128;
 const MAX_DOMAINS: usize = 3;
-const MAX_MAPPINGS: usize = 8;
-const MAX_MAPPINGS_IN_ALL: usize = 12;
+const MAX_MAPPINGS: usize = 5;
+const MAX_MAPPINGS_IN_ALL: usize = 6;
 /// The members of each host group.
 const GROUPS: [&[u32]; 3] = [&[8], &[9, 10], &[11, 12]];
 /// The one with reserved regions.
@@ -59,6 +59,11 @@ pub struct Machine {
 pub fn run(input: &Input) {
     let mut machine = Machine::new(input.type1, input.boot_bypass);
     machine.check();
+    for (bit, endpoint) in GROUPS.concat().into_iter().enumerate() {
+        if input.attached & (1 << bit) != 0 {
+            machine.send(&fields(1, &[1, endpoint, 0, 0]), 4);
+        }
+    }
     for operation in &input.operations {
         machine.take(operation);
         machine.check();
@@ -81,6 +86,11 @@ impl Machine {
     pub fn take(&mut self, operation: &Operation) {
         match (operation.request(), operation) {
             (Some((request, writable)), _) => self.send(&request, writable),
+            (None, Operation::Fail { after, short, kind }) => {
+                self.planned.push(self.host.calls() + u64::from(after % 8));
+                let failure = if *short { Failure::Short } else { Failure::Error(error(*kind)) };
+                self.host.fail_after(u64::from(after % 8), failure);
+            }
             (None, Operation::Rare(rare)) => self.take_rare(rare),
             (None, _) => {}
         }
@@ -89,11 +99,6 @@ impl Machine {
     fn take_rare(&mut self, rare: &Rare) {
         let before = self.host.calls();
         match *rare {
-            Rare::Fail { after, short, kind } => {
-                self.planned.push(self.host.calls() + u64::from(after % 8));
-                self.host
-                    .fail_after(u64::from(after % 8), if short { Failure::Short } else { Failure::Error(error(kind)) });
-            }
             Rare::StopFailing => self.stop_failing(),
             Rare::Config { offset, value } => {
                 let offset = pick(offset, &[36, 36, 36, 36, 35, 37, 0]);
@@ -153,7 +158,8 @@ impl Machine {
         let (mut reply, mut expected) = (vec![UNTOUCHED; writable], vec![UNTOUCHED; writable]);
         let before = self.host.calls();
         let used = self.device.handle(request, &mut reply);
-        self.host_failed |= self.failed_since(before);
+        let failed = self.failed_since(before);
+        self.host_failed |= failed;
         let untouched = self.oracle.clone();
         let expected_used = self.oracle.handle(request, &mut expected);
         assert_eq!(used, expected_used, "used length of {request:x?}");
@@ -167,7 +173,8 @@ impl Machine {
             return;
         }
         let is_allowed = allowed.contains(&status) && (status == OK) == (expected_status == OK);
-        let is_hosts = self.host_failed && HOST_FAILED.contains(&status);
+        // What a domain cannot have any more since the host failed, it is refused later, too.
+        let is_hosts = failed && HOST_FAILED.contains(&status) || self.host_failed && status == DEVERR;
         assert!(is_allowed || is_hosts, "{request:x?} is answered with {status} instead of {allowed:?}");
         assert!(reply[..tail].iter().chain(&reply[tail + 1..]).all(|byte| *byte == 0), "reply to {request:x?}");
         // An UNMAP that the host failed is done all the same, as far as the domain's table goes; anything else is not.

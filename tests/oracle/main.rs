@@ -22,8 +22,8 @@ fn operation() -> impl Strategy<Value = Operation> {
 }
 
 fn input() -> impl Strategy<Value = Input> {
-    (any::<bool>(), any::<bool>(), proptest::collection::vec(operation(), 1..100))
-        .prop_map(|(type1, boot_bypass, operations)| Input { type1, boot_bypass, operations })
+    (any::<bool>(), any::<bool>(), any::<u8>(), proptest::collection::vec(operation(), 1..100))
+        .prop_map(|(type1, boot_bypass, attached, operations)| Input { type1, boot_bypass, attached, operations })
 }
 
 proptest! {

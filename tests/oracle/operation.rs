@@ -35,6 +35,12 @@ pub enum Operation {
         page: u8,
         pages: u8,
     },
+    /// A call of the host after so many more fails.
+    Fail {
+        after: u8,
+        short: bool,
+        kind: u8,
+    },
     Rare(Rare),
 }
 
@@ -61,12 +67,6 @@ pub enum Rare {
         endpoint: u8,
         writable: u16,
     },
-    /// A call of the host after so many more fails.
-    Fail {
-        after: u8,
-        short: bool,
-        kind: u8,
-    },
     StopFailing,
     Config {
         offset: u8,
@@ -88,6 +88,8 @@ pub enum Rare {
 pub struct Input {
     pub type1: bool,
     pub boot_bypass: bool,
+    /// Which endpoints are attached to domain 1 at first: a bit for each.
+    pub attached: u8,
     pub operations: Vec<Operation>,
 }
 
@@ -112,6 +114,7 @@ impl Operation {
                 bytes.extend([0; 4]);
                 bytes
             }
+            Self::Fail { .. } => return None,
             Self::Rare(ref rare) => return rare.request(),
         };
         Some((request, 4))
