@@ -5,7 +5,8 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features conformance bench bench-docs felt fuzz fuzz-smoke soak sanitize
+.PHONY: all quick demo test check unit model hostvm features conformance bench bench-docs felt fuzz fuzz-smoke campaign mutants
+.PHONY: agreement soak sanitize public-api
 
 all:
 	$(CARGO) build --release
@@ -91,10 +92,20 @@ fuzz-smoke:
 	@$(CARGO) test --quiet --manifest-path fuzz/inputs/Cargo.toml
 	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),20,$(SECONDS))
 
-# The stress test of translations under the thread sanitizer; needs a nightly compiler with rust-src. The standard library is built
-# too: without that its locks would not be known, and what they guard would look like races.
+# Every fuzz target, or those named in TARGETS, for so many seconds each, and what is found kept: needs what fuzz does.
+campaign:
+	@fuzz/campaign $(SECONDS) $(TARGETS)
+
+# Whether the tests notice changes to the code of a room, ROOM=device say, or to every fifth place in it, PART=1/5: needs cargo-mutants.
+mutants:
+	@tests/mutants $(ROOM) $(PART)
+
+# Debug and release builds answer alike, in so many sequences of operations.
+CASES ?= 1024
+agreement:
+	@tests/agreement $(CASES)
+
+# The tests that need no host under a sanitizer, SANITIZER=address or thread; needs a nightly compiler with rust-src.
+SANITIZER ?= thread
 sanitize:
-	@RUSTFLAGS=-Zsanitizer=thread SOAK_SECONDS=$(SECONDS) $(CARGO) +nightly test -Zbuild-std --target x86_64-unknown-linux-gnu \
-		--target-dir target/sanitize --no-default-features --features translate,test-utils --lib \
-		-- --nocapture stress::nothing_is_touched
-	@echo "sanitize: OK"
+	@tests/sanitize $(SANITIZER)
