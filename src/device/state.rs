@@ -143,7 +143,7 @@ pub enum RestoreError {
 impl VirtioIommu {
     /// The state of the device. No request is under way then.
     pub fn save(&mut self) -> DeviceState {
-        self.collect_refused();
+        self.collect_refused_accesses();
         DeviceState {
             version: DeviceState::VERSION,
             driver_features: self.driver_features,
