@@ -304,6 +304,7 @@ impl VirtioIommu {
             self.statistics.unreadable += 1;
             return Progress::Answered { used: 0 };
         };
+        // 5.13.6, of a buffer without room for a tail: "In that case, it returns the buffers without writing to them."
         if writable.len() < spec::TAIL_SIZE {
             self.statistics.unreadable += 1;
             return Progress::Answered { used: 0 };
