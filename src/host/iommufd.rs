@@ -43,7 +43,7 @@ mod ioas;
 
 use api::{IommufdApi, VfioDeviceApi};
 pub use device::VfioDevice;
-pub use group::{IommufdGroup, PinnedSource};
+pub use group::IommufdGroup;
 pub use ioas::{Ioas, Iommufd};
 
 const DESTROY: Opcode = iommufd_opcode(IOMMUFD_CMD_DESTROY);
