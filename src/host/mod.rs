@@ -65,8 +65,9 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// that cannot be told so has no table, or is gone.
     fn block(&self);
 
-    /// A member is no endpoint any more: closes whatever is open for its device alone. Its DMA reaches what the group's other
-    /// members reach; the group was blocked if there is none. By default nothing is done.
+    /// A member is no endpoint any more: takes its device off the group's table, so that it does not keep the group there, and
+    /// closes whatever is open for it alone. Its DMA reaches what the group's other members reach; the group was blocked if there
+    /// is none. By default nothing is done.
     fn release(&self, member: EndpointId) {
         let _ = member;
     }

@@ -266,7 +266,15 @@ impl HostGroup for IommufdGroup {
     }
 
     fn release(&self, member: EndpointId) {
-        self.state().members.retain(|own| own.id != member);
+        self.state().members.retain(|own| {
+            let stays = own.id != member;
+            if !stays {
+                // The kernel keeps the group where it is for as long as a device is attached, and whoever has another file of
+                // this one, as a VMM does, keeps it attached.
+                own.device.detach();
+            }
+            stays
+        });
     }
 
     fn memory_changed(&self, ram: &GuestRam) {

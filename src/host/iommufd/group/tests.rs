@@ -121,6 +121,18 @@ impl Beside {
 }
 
 #[test]
+fn a_member_that_is_released_does_not_keep_the_group_attached() {
+    let beside = Beside::new();
+    let table = beside.group.new_table().unwrap();
+    map(&table, "5000-5fff", &beside.memory, 0x1000);
+    beside.group.attach(&table).unwrap();
+    beside.group.release(OTHER);
+    assert!(beside.reaches(0x5000), "its sibling stays where it is");
+    beside.group.block();
+    assert!(!beside.reaches(0x5000));
+}
+
+#[test]
 fn a_group_goes_on_when_its_first_device_is_gone() {
     let kernel = FakeKernel::new();
     let devices = kernel.devices(&[ONE, OTHER], &usable());
