@@ -252,13 +252,16 @@ impl HostGroup for IommufdGroup {
             let error = HostError::new(HostErrorKind::Gone, "attaching a group whose devices are gone", None);
             return Err(AttachError { error, after: AfterFailure::Blocked });
         }
-        if !self.bound_here.load(Ordering::Relaxed)
-            && let Err(error) = self.check_binding(&state.members)
-        {
-            state.block();
-            return Err(AttachError { error, after: AfterFailure::Blocked });
+        if self.bound_here.load(Ordering::Relaxed) {
+            return self.attach_to(&mut state, ioas);
         }
-        self.attach_to(&mut state, ioas)
+        // What there was before is gone with the check.
+        let checked = self.check_binding(&state.members);
+        let attached = checked.and_then(|()| self.attach_to(&mut state, ioas).map_err(|failure| failure.error));
+        attached.map_err(|error| {
+            state.block();
+            AttachError { error, after: AfterFailure::Blocked }
+        })
     }
 
     fn block(&self) {

@@ -133,6 +133,26 @@ fn a_member_that_is_released_does_not_keep_the_group_attached() {
 }
 
 #[test]
+fn a_first_attach_that_fails_leaves_nothing_of_what_there_was() {
+    let beside = Beside::new();
+    assert!(beside.reaches(0x9000));
+    let table = beside.group.new_table().unwrap();
+    // An address space, an attach and a question for each device; then the attach.
+    beside.kernel.fail_after(6, KernelFailure::Errno(Errno::NOMEM));
+    let error = beside.group.attach(&table).unwrap_err();
+    assert_eq!((error.error.kind, error.after), (HostErrorKind::NoMemory, AfterFailure::Blocked));
+    assert!(!beside.reaches(0x9000));
+    // A later one leaves the group where it was.
+    beside.group.attach(&table).unwrap();
+    map(&table, "5000-5fff", &beside.memory, 0x1000);
+    let other = beside.group.new_table().unwrap();
+    beside.kernel.fail_after(0, KernelFailure::Errno(Errno::NOMEM));
+    let error = beside.group.attach(&other).unwrap_err();
+    assert_eq!((error.error.kind, error.after), (HostErrorKind::NoMemory, AfterFailure::PreviousTable));
+    assert!(beside.reaches(0x5000));
+}
+
+#[test]
 fn a_group_goes_on_when_its_first_device_is_gone() {
     let kernel = FakeKernel::new();
     let devices = kernel.devices(&[ONE, OTHER], &usable());
