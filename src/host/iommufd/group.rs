@@ -151,6 +151,10 @@ impl IommufdGroup {
     ///
     /// They are not, or it cannot be told. In any case they are detached from what they were attached to.
     fn check_binding(&self, members: &[Member]) -> Result<(), HostError> {
+        // Each moves the whole group: an address space is freed only if none of them stays there.
+        for Member { device, .. } in members {
+            device.detach();
+        }
         for Member { device, .. } in members {
             let fresh = self.iommufd.new_ioas()?;
             let attached = device.attach(&fresh);

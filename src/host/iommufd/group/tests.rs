@@ -153,6 +153,15 @@ fn a_first_attach_that_fails_leaves_nothing_of_what_there_was() {
 }
 
 #[test]
+fn looking_at_a_binding_leaves_no_address_space_behind() {
+    let beside = Beside::new();
+    let table = beside.group.new_table().unwrap();
+    assert_eq!(beside.kernel.objects(), 2);
+    beside.group.attach(&table).unwrap();
+    assert_eq!(beside.kernel.objects(), 2);
+}
+
+#[test]
 fn a_group_goes_on_when_its_first_device_is_gone() {
     let kernel = FakeKernel::new();
     let devices = kernel.devices(&[ONE, OTHER], &usable());
