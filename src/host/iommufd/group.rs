@@ -247,8 +247,9 @@ impl HostGroup for IommufdGroup {
 
     fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
         let table: &dyn Any = table.as_ref();
-        let Some(ioas) = table.downcast_ref::<Ioas>() else {
-            let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another kind", None);
+        let own = table.downcast_ref::<Ioas>().filter(|ioas| Arc::ptr_eq(&ioas.api, &self.iommufd.api));
+        let Some(ioas) = own else {
+            let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another host", None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
         let mut state = self.state();

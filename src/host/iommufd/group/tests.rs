@@ -153,6 +153,16 @@ fn a_first_attach_that_fails_leaves_nothing_of_what_there_was() {
 }
 
 #[test]
+fn an_address_space_of_another_iommufd_is_refused() {
+    let beside = Beside::new();
+    // The same number may be there in both.
+    let other: Arc<dyn IoPageTable> = Arc::new(beside.kernel.iommufd().new_ioas().unwrap());
+    let error = beside.group.attach(&other).unwrap_err();
+    assert_eq!((error.error.kind, error.after), (HostErrorKind::Incompatible, AfterFailure::PreviousTable));
+    assert!(beside.reaches(0x9000));
+}
+
+#[test]
 fn looking_at_a_binding_leaves_no_address_space_behind() {
     let beside = Beside::new();
     let table = beside.group.new_table().unwrap();
