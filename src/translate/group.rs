@@ -99,8 +99,10 @@ impl HostGroup for EmulatedGroup {
 
     fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
         let table: &dyn Any = table.as_ref();
-        let Some(EmulatedTable { table, .. }) = table.downcast_ref() else {
-            let error = HostError::new(HostErrorKind::Incompatible, "attaching an emulated endpoint", None);
+        let own = table.downcast_ref::<EmulatedTable>();
+        let Some(EmulatedTable { table, .. }) = own.filter(|own| Arc::ptr_eq(&own.translation, &self.translation)) else {
+            let action = "attaching an emulated endpoint to the table of another translation";
+            let error = HostError::new(HostErrorKind::Incompatible, action, None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
         if let Err(error) = self.switch(Some(Arc::clone(table))) {
