@@ -59,18 +59,19 @@ impl<B: VhostIotlbBackend + Send + Sync> DmaMapper for VhostMapper<B> {
 
     fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        if mapped.range(iova.start()..=iova.last()).next().is_none() {
-            // The kernel has no address space for the device before it was told of a mapping, and refuses then.
+        let inside: Vec<(u64, u64)> =
+            mapped.range(iova.start()..=iova.last()).map(|(start, length)| (*start, *length)).collect();
+        // No wider than what is mapped: from Linux 5.19 to 6.3 the kernel refuses ranges that reach past what the device can
+        // map. And it has no address space for the device before it was told of a mapping, and refuses then.
+        let (Some((first, _)), Some((start, length))) = (inside.first(), inside.last()) else {
             return Ok(0);
+        };
+        let hull = IovaRange::new(*first, start.saturating_add(length - 1)).unwrap_or(iova);
+        invalidate(&self.device, hull)?;
+        for (start, _) in &inside {
+            mapped.remove(start);
         }
-        invalidate(&self.device, iova)?;
-        let mut gone = 0;
-        mapped.retain(|start, length| {
-            let stays = *start < iova.start() || iova.last() < *start;
-            gone += if stays { 0 } else { *length };
-            stays
-        });
-        Ok(gone)
+        Ok(inside.iter().map(|(_, length)| length).sum())
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {
@@ -97,7 +98,8 @@ pub(crate) fn update(
     let perm = match (access.read, access.write) {
         (true, true) => VhostAccess::ReadWrite,
         (false, true) => VhostAccess::WriteOnly,
-        (_, false) => VhostAccess::ReadOnly,
+        (true, false) => VhostAccess::ReadOnly,
+        (false, false) => VhostAccess::No,
     };
     let message = VhostIotlbMsg {
         iova: iova.start(),
