@@ -15,7 +15,7 @@ pub struct PolicyArguments {
     #[arg(long, value_name = "START-END")]
     pub input_range: Option<IovaRange>,
 
-    /// How many bits of address the guest is offered at most.
+    /// How many bits of address the guest is offered at most, also of the input range.
     #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(12..=64))]
     pub max_address_width: Option<u8>,
 

@@ -32,8 +32,9 @@ pub struct Policy {
     pub peer_to_peer: PeerToPeer,
     /// How many bits of address the guest is offered at most.
     pub max_address_width: Option<u8>,
-    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow. A device that has been
-    /// set up keeps what it has: an endpoint that is added later is planned for with its input range and probe size.
+    /// The addresses that the guest is offered, as far as `max_address_width` goes; `None` to take what the endpoints' facts
+    /// allow. A device that has been set up keeps what it has: an endpoint that is added later is planned for with its input
+    /// range and probe size.
     pub input_range: Option<IovaRange>,
     /// How many bytes of properties a PROBE may be answered with; `None` for as many as needed. Where they are too few,
     /// reserved regions are widened until they fit, never over guest memory.
@@ -275,10 +276,11 @@ fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
         && matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
 }
 
-/// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise.
+/// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise; in any case no wider
+/// than the operator wants.
 fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
-    if policy.input_range.is_some() {
-        return policy.input_range;
+    if let Some(range) = policy.input_range {
+        return range.intersection(widest(policy));
     }
     let start = findings.iter().filter_map(|found| found.usable.first()).map(IovaRange::start).min()?;
     let last = findings.iter().filter_map(|found| found.usable.last()).map(IovaRange::last).max()?;
