@@ -10,7 +10,6 @@
 // Ioctls on files that these types own.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -32,6 +31,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::Constraints;
+use super::held::Held;
 use crate::access::Access;
 use crate::memory::{FileMemory, HostMemory};
 use crate::range::{IovaRange, RangeSet};
@@ -104,10 +104,9 @@ fn map_flags(access: Access) -> u32 {
 #[derive(Debug)]
 struct IommufdFile {
     file: OwnedFd,
-    /// What keeps memory mapped in this process that is mapped there by address, by address space and first virtual address. (Of
-    /// memory mapped by file the kernel holds the file.) The kernel may look at the addresses for as long as the mapping is
-    /// there.
-    held: Mutex<BTreeMap<(u32, u64), HostMemory>>,
+    /// What is mapped by address; of memory mapped by file the kernel holds the file. Locked for as long as the kernel changes
+    /// such mappings: with the lock let go between, somebody else's mapping in the same place could be taken for one that is gone.
+    held: Mutex<Held>,
 }
 
 impl IommufdFile {
@@ -116,12 +115,8 @@ impl IommufdFile {
         Self { file, held: Mutex::default() }
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<(u32, u64), HostMemory>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn release_held(&self, ioas: u32, iova: IovaRange) {
-        self.held().retain(|(owner, start), _| *owner != ioas || *start < iova.start() || iova.last() < *start);
     }
 }
 
@@ -139,9 +134,10 @@ impl IommufdApi for IommufdFile {
 
     fn destroy(&self, object: u32) -> Result<(), Errno> {
         let mut argument = iommu_destroy { size: size::<iommu_destroy>(), id: object };
+        let mut held = self.held();
         // SAFETY: the structure has no addresses.
         unsafe { call::<DESTROY, _>(self.file.as_fd(), &mut argument) }?;
-        self.release_held(object, IovaRange::ALL);
+        held.release(object, IovaRange::ALL);
         Ok(())
     }
 
@@ -156,10 +152,11 @@ impl IommufdApi for IommufdFile {
             iova: iova.start(),
             ..Default::default()
         };
+        let mut held = self.held();
         // SAFETY: `memory` is mapped at this address for at least this length, and is held below for as long as the kernel may
         // look at the range.
         unsafe { call::<IOAS_MAP, _>(self.file.as_fd(), &mut argument) }?;
-        self.held().insert((ioas, iova.start()), memory.clone());
+        held.insert(ioas, iova, memory);
         Ok(())
     }
 
@@ -188,9 +185,12 @@ impl IommufdApi for IommufdFile {
             dst_iova: iova.start(),
             src_iova: source,
         };
-        // SAFETY: the structure has no addresses of this process. Memory that the source has by address is held as long as the
-        // copy by whoever made the source (see `PinnedSource`), which only maps by file.
-        unsafe { call::<IOAS_COPY, _>(self.file.as_fd(), &mut argument) }
+        let mut held = self.held();
+        // SAFETY: the structure has no addresses of this process. Memory that the source has by address is held below for the
+        // copy, too: the source may be gone before it.
+        unsafe { call::<IOAS_COPY, _>(self.file.as_fd(), &mut argument) }?;
+        held.copy(to, iova, from, source);
+        Ok(())
     }
 
     fn ioas_unmap(&self, ioas: u32, iova: IovaRange) -> Result<u64, Errno> {
@@ -198,9 +198,10 @@ impl IommufdApi for IommufdFile {
         let length = iova.length().unwrap_or(u64::MAX);
         let mut argument =
             iommu_ioas_unmap { size: size::<iommu_ioas_unmap>(), ioas_id: ioas, iova: iova.start(), length };
+        let mut held = self.held();
         // SAFETY: the structure has no addresses of this process.
         unsafe { call::<IOAS_UNMAP, _>(self.file.as_fd(), &mut argument) }?;
-        self.release_held(ioas, iova);
+        held.release(ioas, iova);
         Ok(argument.length)
     }
 

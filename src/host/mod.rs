@@ -19,6 +19,8 @@ use refused::RefusedAccesses;
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake;
+#[cfg(any(feature = "iommufd", feature = "type1"))]
+mod held;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
 pub mod refused;

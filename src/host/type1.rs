@@ -7,7 +7,6 @@
 // Ioctls on files that these types own.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
 use std::io;
 use std::mem::size_of;
@@ -21,6 +20,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
+use super::held::Held;
 use super::{HostError, HostErrorKind};
 use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
@@ -45,6 +45,8 @@ const IOMMU_UNMAP_DMA: Opcode = vfio_opcode(14);
 const INFO_WORDS: usize = 1024;
 /// The upper half of the address space but for its last page, which kernels without `VFIO_DMA_UNMAP_FLAG_ALL` cannot map.
 const LAST_HALF: u64 = (1 << 63) - 0x1000;
+/// The one address space that a container has.
+const SPACE: u32 = 0;
 /// `VFIO_TYPE`
 const VFIO_TYPE: u8 = b';';
 
@@ -77,8 +79,9 @@ unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) ->
 #[derive(Debug)]
 struct ContainerFile {
     file: OwnedFd,
-    /// What keeps memory mapped in this process that is mapped there, by first virtual address.
-    held: Mutex<BTreeMap<u64, HostMemory>>,
+    /// What is mapped there. Locked for as long as the kernel changes that: with the lock let go between, somebody else's mapping
+    /// in the same place could be taken for one that is gone.
+    held: Mutex<Held>,
 }
 
 impl ContainerFile {
@@ -87,7 +90,7 @@ impl ContainerFile {
         Self { file, held: Mutex::default() }
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, HostMemory>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -143,14 +146,16 @@ impl ContainerApi for ContainerFile {
             iova: iova.start(),
             size,
         };
+        let mut held = self.held();
         // SAFETY: the file is a container. `memory` is mapped at this address for at least this length, and is held below for
         // as long as the kernel may look at the range.
         unsafe { call::<IOMMU_MAP_DMA, _>(self.file.as_fd(), &mut argument) }?;
-        self.held().insert(iova.start(), memory.clone());
+        held.insert(SPACE, iova, memory);
         Ok(())
     }
 
     fn unmap_dma(&self, iova: IovaRange) -> Result<u64, Errno> {
+        let mut held = self.held();
         let gone = match iova.length() {
             Some(size) => self.unmap(0, iova.start(), size)?,
             None => match self.unmap(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
@@ -159,7 +164,7 @@ impl ContainerApi for ContainerFile {
                 result => result?,
             },
         };
-        self.held().retain(|start, _| *start < iova.start() || iova.last() < *start);
+        held.release(SPACE, iova);
         Ok(gone)
     }
 }
