@@ -2,6 +2,7 @@
 
 //! From what the host shows to what the guest is told.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::policy::{Verdict, WithheldReason, classify};
@@ -194,7 +195,7 @@ struct Findings {
     /// What is reserved, and is no window.
     reserved: RangeSet,
     /// Ranges that the host shows and that are windows.
-    windows_shown: Vec<(RangeSet, WithheldReason)>,
+    windows_shown: BTreeMap<WithheldReason, RangeSet>,
     advisories: Vec<Advisory>,
 }
 
@@ -222,31 +223,32 @@ pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Pl
 
 /// Classifies every region, and takes away what cannot be mapped.
 fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
-    let mut reserved = RangeSet::new();
-    let mut windows_shown = Vec::new();
+    let mut reserved: Vec<IovaRange> = Vec::new();
+    let mut windows_shown = BTreeMap::<WithheldReason, RangeSet>::new();
     let mut advisories = Vec::new();
     for region in facts.reserved_regions.iter().flatten() {
         let range = region.range;
         let advise = |kind| Advisory { range, kind };
         match classify(region, facts) {
-            Verdict::True => reserved.insert(range),
+            Verdict::True => reserved.push(range),
             Verdict::Relaxable => {
                 advisories.push(advise(AdvisoryKind::Relaxable));
                 if policy.relaxable == Relaxable::Report {
-                    reserved.insert(range);
+                    reserved.push(range);
                 }
             }
             Verdict::UnknownType => {
                 advisories.push(advise(AdvisoryKind::UnknownType));
-                reserved.insert(range);
+                reserved.push(range);
             }
             Verdict::WindowEnforced => {
                 advisories.push(advise(AdvisoryKind::WindowEnforced));
-                reserved.insert(range);
+                reserved.push(range);
             }
             Verdict::Window { withheld, reason } => {
-                reserved = reserved.union(&RangeSet::from(range).subtract(&withheld));
-                windows_shown.push((withheld, reason));
+                reserved.extend(RangeSet::from(range).subtract(&withheld).ranges());
+                let shown = windows_shown.entry(reason).or_default();
+                *shown = shown.union(&withheld);
             }
         }
         if is_software_msi(region, facts)
@@ -256,6 +258,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
             advisories.push(advise(AdvisoryKind::SwMsiOutsideInbound));
         }
     }
+    let reserved: RangeSet = reserved.into_iter().collect();
     let mut usable = RangeSet::from(facts.aperture.unwrap_or(IovaRange::ALL)).subtract(&reserved);
     if let Some(known) = &facts.usable {
         usable = usable.intersect(known);
@@ -432,6 +435,25 @@ mod tests {
     fn one(policy: &Policy, facts: &HostFacts) -> Option<(IovaRange, EndpointPlan)> {
         let mut plan = plan(policy, &[(ID, facts.clone())]).ok()?;
         Some((plan.input_range, plan.endpoints.remove(0)))
+    }
+
+    /// Thousands of windows as a file of facts can have them, all in each of many regions: with work by the cube of their number
+    /// this would not end.
+    #[test]
+    fn many_windows_in_many_regions_are_planned() {
+        let windows = (0..4000u64).map(|at| IovaRange::new(at << 13, (at << 13) + 0xfff).unwrap());
+        let region = |at: u64| HostRegion {
+            range: IovaRange::new(0, (1 << 32) + (at << 12) + 0xfff).unwrap(),
+            kind: HostRegionKind::Reserved,
+        };
+        let facts = HostFacts {
+            driver: Driver::ArmSmmuV3,
+            reserved_regions: Some((0..500).map(region).collect()),
+            windows: Some(windows.collect()),
+            ..HostFacts::default()
+        };
+        let (_, planned) = one(&Policy::default(), &facts).unwrap();
+        assert_eq!(planned.withheld.len(), 4000);
     }
 
     proptest! {
