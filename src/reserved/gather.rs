@@ -3,12 +3,12 @@
 //! All that a host's file systems say of a device's group, or copies of them from another host.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::bars::Bar;
 use super::bridge::{self, BridgeWindow, HostBridge, IomemError};
 use super::device_tree::{self, BridgeNode, DeviceTreeError};
+use super::limited;
 use super::sysfs::{IommuGroup, Sysfs, SysfsError};
 use super::{Fact, HostFacts, Source};
 use crate::id::PciAddress;
@@ -51,7 +51,7 @@ impl Host {
 
     /// The kernel's release, if it can be read.
     fn kernel(&self) -> Option<String> {
-        let release = fs::read_to_string(self.proc.join("sys/kernel/osrelease")).ok()?;
+        let release = limited::read_text(&self.proc.join("sys/kernel/osrelease")).ok()?;
         Some(release.trim().to_owned())
     }
 

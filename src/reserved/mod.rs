@@ -28,6 +28,8 @@ pub mod facts;
 pub mod gather;
 #[cfg(feature = "iommufd")]
 mod iommu;
+#[cfg(feature = "iommufd")]
+mod limited;
 pub mod plan;
 mod policy;
 #[cfg(feature = "daemon")]
