@@ -90,6 +90,10 @@ pub struct Translation {
 
 impl Translation {
     /// A translation without groups.
+    ///
+    /// # Panics
+    ///
+    /// There is no room for the nodes among the addresses of this process. (Memory is taken as they come into use.)
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self { limits, arena: Arc::new(Arena::new(limits.nodes)), caches: Caches::default() })
     }

@@ -146,6 +146,15 @@ fn nothing_is_written_behind_a_piece_that_is_not_there() {
 }
 
 #[test]
+fn nobody_elses_pins_are_waited_for() {
+    let mut machine = Machine::new(Limits::default(), false);
+    assert_eq!(machine.attach(1, DISK), OK);
+    assert_eq!(machine.map(1, 0x5000, PAGE, 0x2000, READ), OK);
+    let _pinned = crossbeam_epoch::pin();
+    assert_eq!(machine.unmap(1, 0x5000, PAGE), OK);
+}
+
+#[test]
 fn a_table_of_another_translation_is_refused() {
     let [one, other] = [0, 1].map(|_| Translation::new(Limits::default()).group(vec![DISK]));
     let table = one.new_table().unwrap();
