@@ -77,7 +77,7 @@ pub type ReadProperty<'r> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'r;
 /// # Errors
 ///
 /// [`DeviceTreeError`]
-pub fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
+pub(super) fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
     parse(node, &limited::read)
 }
 

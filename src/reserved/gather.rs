@@ -45,7 +45,8 @@ pub enum GatherError {
 
 impl Host {
     /// Whether this is the machine that we are on, with devices that can be opened.
-    pub fn is_here(&self) -> bool {
+    #[cfg(feature = "daemon")]
+    pub(crate) fn is_here(&self) -> bool {
         self.sysfs == Path::new("/sys")
     }
 

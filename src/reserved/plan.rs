@@ -8,7 +8,7 @@ use std::fmt;
 use super::policy::{Verdict, WithheldReason, classify};
 use super::widen::widen;
 use super::withheld::{Withheld, withheld};
-use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind, ReservedKind, ReservedRegion, ViewError};
+use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet};
 use crate::spec;
@@ -20,7 +20,10 @@ pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
 };
 
 /// Where Linux puts the doorbell if the IOMMU's hardware has none (`MSI_IOVA_BASE`).
-const SOFTWARE_MSI: (u64, u64) = (0x0800_0000, 0x080f_ffff);
+const SOFTWARE_MSI: IovaRange = match IovaRange::new(0x0800_0000, 0x080f_ffff) {
+    Some(range) => range,
+    None => IovaRange::ALL,
+};
 
 /// What the operator chose.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -178,14 +181,6 @@ pub enum PlanError {
         /// How many bytes there are.
         probe_size: u32,
     },
-    /// The regions cannot be reported together.
-    #[error("endpoint {endpoint}")]
-    View {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// What is wrong.
-        source: ViewError,
-    },
 }
 
 /// What the facts of one endpoint come to.
@@ -275,7 +270,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
 
 fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
     region.kind == HostRegionKind::Msi
-        && (region.range.start(), region.range.last()) == SOFTWARE_MSI
+        && region.range == SOFTWARE_MSI
         && matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
 }
 
@@ -332,9 +327,7 @@ fn plan_endpoint(
     advisories.sort_by_key(|advisory| (advisory.range, advisory.kind));
     advisories.dedup();
 
-    let mut regions = regions_of(&reserved, ReservedKind::Reserved);
-    regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
-    let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
+    let view = EndpointView::of(&reserved, msi);
     // Regions that were widened, or the doorbell, may take all that could be mapped.
     if offered.subtract(view.refused()).is_empty() {
         return Err(PlanError::NothingUsable { endpoint: id, input_range });
@@ -358,16 +351,13 @@ fn fit(reserved: &RangeSet, msi: Option<IovaRange>, policy: &Policy) -> Result<R
     widened.ok_or((reserved.ranges().len() + doorbells, probe_size))
 }
 
-fn regions_of(set: &RangeSet, kind: ReservedKind) -> Vec<ReservedRegion> {
-    set.ranges().iter().map(|range| ReservedRegion { range: *range, kind }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::option::of;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::reserved::ReservedKind;
 
     fn regions() -> impl Strategy<Value = Vec<HostRegion>> {
         let kind = prop_oneof![

@@ -111,7 +111,8 @@ impl Sysfs {
     }
 
     /// Whether a group is one that VFIO made up for a device without an IOMMU (`enable_unsafe_noiommu_mode`).
-    pub fn is_noiommu(&self, group: u32) -> bool {
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn is_noiommu(&self, group: u32) -> bool {
         let name = self.root.join("kernel/iommu_groups").join(group.to_string()).join("name");
         limited::read_text(&name).is_ok_and(|name| name.trim() == "vfio-noiommu")
     }
@@ -130,7 +131,8 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn vfio_node(&self, address: PciAddress) -> Result<Option<String>, SysfsError> {
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn vfio_node(&self, address: PciAddress) -> Result<Option<String>, SysfsError> {
         let directory = self.device(address)?.join("vfio-dev");
         if !directory.exists() {
             return Ok(None);
@@ -143,7 +145,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
+    pub(super) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
         Ok(iommu::driver(&self.device(address)?))
     }
 
@@ -152,7 +154,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn aperture(&self, address: PciAddress) -> Result<Option<IovaRange>, SysfsError> {
+    pub(super) fn aperture(&self, address: PciAddress) -> Result<Option<IovaRange>, SysfsError> {
         Ok(iommu::aperture(&self.device(address)?))
     }
 
@@ -181,7 +183,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn host_bridge(&self, address: PciAddress) -> Result<Option<HostBridge>, SysfsError> {
+    pub(super) fn host_bridge(&self, address: PciAddress) -> Result<Option<HostBridge>, SysfsError> {
         Ok(bridge_in(&self.device(address)?))
     }
 
@@ -190,7 +192,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn bridge_node(&self, address: PciAddress) -> Result<Option<PathBuf>, SysfsError> {
+    pub(super) fn bridge_node(&self, address: PciAddress) -> Result<Option<PathBuf>, SysfsError> {
         let device = self.device(address)?;
         let Ok(path) = fs::canonicalize(&device) else {
             return Ok(None);
