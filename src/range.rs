@@ -159,9 +159,10 @@ impl RangeSet {
     pub fn insert(&mut self, range: IovaRange) {
         // Those that overlap or touch it stand together.
         let first = self.ranges.partition_point(|old| old.last.checked_add(1).is_some_and(|next| next < range.start));
-        let behind = range.last.checked_add(1).map_or(self.ranges.len(), |next| {
-            self.ranges.partition_point(|old| old.start <= next)
-        });
+        let behind = range
+            .last
+            .checked_add(1)
+            .map_or(self.ranges.len(), |next| self.ranges.partition_point(|old| old.start <= next));
         let touched = self.ranges.get(first..behind).unwrap_or_default();
         let start = touched.first().map_or(range.start, |old| old.start.min(range.start));
         let last = touched.last().map_or(range.last, |old| old.last.max(range.last));
@@ -188,7 +189,11 @@ impl RangeSet {
         while let (Some(one), Some(two)) = (own.peek(), others.peek()) {
             ranges.extend(one.intersection(**two));
             // Whichever ends first has met all that it can.
-            if one.last < two.last { own.next() } else { others.next() };
+            if one.last < two.last {
+                own.next()
+            } else {
+                others.next()
+            };
         }
         Self { ranges }
     }
@@ -232,7 +237,9 @@ impl FromIterator<IovaRange> for RangeSet {
         let mut ranges: Vec<IovaRange> = Vec::with_capacity(sorted.len());
         for range in sorted {
             match ranges.last_mut() {
-                Some(before) if range.start <= before.last.saturating_add(1) => before.last = before.last.max(range.last),
+                Some(before) if range.start <= before.last.saturating_add(1) => {
+                    before.last = before.last.max(range.last)
+                }
                 _ => ranges.push(range),
             }
         }

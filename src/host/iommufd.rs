@@ -11,7 +11,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::mem::{offset_of, size_of};
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,16 +27,20 @@ use iommufd_bindings::iommufd::{
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt, vfio_device_info,
+    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt, vfio_device_info,
 };
 
 use super::Constraints;
 use super::held::Held;
+use super::linux::{size, size_before, vfio_opcode};
 use crate::access::Access;
 use crate::memory::{FileMemory, HostMemory};
 use crate::range::{IovaRange, RangeSet};
 
+#[cfg(any(test, feature = "test-utils"))]
 pub mod api;
+#[cfg(not(any(test, feature = "test-utils")))]
+mod api;
 mod device;
 mod group;
 mod ioas;
@@ -67,11 +71,6 @@ const fn iommufd_opcode(command: u32) -> Opcode {
     opcode::none(IOMMUFD_TYPE, number)
 }
 
-const fn vfio_opcode(number: u32) -> Opcode {
-    // VFIO_TYPE is the same character as IOMMUFD_TYPE.
-    iommufd_opcode(VFIO_BASE + number)
-}
-
 /// Passes a structure to a file that takes it with this code, and returns what the file wrote into it.
 ///
 /// # Safety
@@ -82,16 +81,6 @@ const fn vfio_opcode(number: u32) -> Opcode {
 unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) -> Result<(), Errno> {
     // SAFETY: the caller vouches for code, structure and addresses.
     unsafe { ioctl(file, Updater::<CODE, T>::new(argument)) }
-}
-
-const fn size<T>() -> u32 {
-    size_before(size_of::<T>())
-}
-
-/// The size of a structure up to a field that kernels before it did not know.
-#[expect(clippy::cast_possible_truncation, reason = "structures of the kernel's interface have tens of bytes")]
-const fn size_before(offset: usize) -> u32 {
-    offset as u32
 }
 
 fn map_flags(access: Access) -> u32 {

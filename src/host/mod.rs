@@ -23,6 +23,9 @@ pub mod fake;
 mod held;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
+#[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
+mod linux;
+mod pieces;
 pub mod refused;
 pub mod replay;
 pub mod software;
@@ -101,7 +104,7 @@ pub trait IoPageTable: Any + fmt::Debug + Send + Sync {
     /// # Errors
     ///
     /// The host refused; some mappings may be gone and some not.
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError>;
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError>;
 
     /// What can be mapped, for the groups that are attached now. Asked after each attach and compared with what the guest was
     /// told: whatever of the input range no attached endpoint reports as reserved must be usable, and the granule must not be
@@ -223,17 +226,6 @@ pub enum MapError {
     /// A part of the range was mapped and could not be taken back.
     #[error("{0}, and what was mapped of the range could not be taken back")]
     LeftBehind(#[source] HostError),
-}
-
-/// An unmap that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}, after {gone:#x} bytes")]
-pub struct UnmapError {
-    /// Why.
-    #[source]
-    pub error: HostError,
-    /// How many bytes are known to be gone.
-    pub gone: u64,
 }
 
 impl From<MapError> for HostError {

@@ -11,9 +11,8 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{
-    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, UnmapError,
-};
+use super::pieces::map_pieces;
+use super::{AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError};
 use crate::access::Access;
 use crate::causes::with_causes;
 use crate::id::EndpointId;
@@ -100,21 +99,8 @@ impl<M: DmaMapper> Space<M> {
 
     /// Maps an entry, or nothing of it.
     fn map(&self, entry: &Entry) -> Result<(), MapError> {
-        let mut done = 0;
-        for segment in &entry.to {
-            let Err(error) = self.mapper.map(entry.iova.start() + done, segment, entry.access) else {
-                done += segment.length();
-                continue;
-            };
-            let Some(mapped) = IovaRange::from_length(entry.iova.start(), done) else {
-                return Err(MapError::Refused(error));
-            };
-            return match self.mapper.unmap(mapped) {
-                Ok(gone) if gone == done => Err(MapError::Refused(error)),
-                Ok(_) | Err(_) => Err(MapError::LeftBehind(error)),
-            };
-        }
-        Ok(())
+        let map = |iova, segment: &HostSegment| self.mapper.map(iova, segment, entry.access);
+        map_pieces(entry.iova, &entry.to, map, |mapped| self.mapper.unmap(mapped))
     }
 
     /// Maps everything that a table has, or some of it if that fails.
@@ -236,7 +222,7 @@ impl<M: DmaMapper + 'static> IoPageTable for ReplayTable<M> {
         Ok(())
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let live = self.space.live();
         let mut mappings = lock(&self.mappings);
         let inside: Vec<u64> = mappings.range(iova.start()..=iova.last()).map(|(start, _)| *start).collect();
@@ -245,7 +231,7 @@ impl<M: DmaMapper + 'static> IoPageTable for ReplayTable<M> {
         if !self.is_live(live.as_ref()) {
             return Ok(staged);
         }
-        self.space.mapper.unmap(iova).map_err(|error| UnmapError { error, gone: 0 })
+        self.space.mapper.unmap(iova)
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {

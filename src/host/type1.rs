@@ -9,18 +9,18 @@
 
 use std::ffi::{CStr, CString, c_void};
 use std::io;
-use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
     VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
 use super::held::Held;
+use super::linux::{failed, size, vfio_opcode};
 use super::{HostError, HostErrorKind};
 use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
@@ -30,7 +30,11 @@ use crate::range::IovaRange;
 mod container;
 mod info;
 
-pub use container::{Container, ContainerApi};
+pub use container::Container;
+#[cfg(any(test, feature = "test-utils"))]
+pub use container::ContainerApi;
+#[cfg(not(any(test, feature = "test-utils")))]
+use container::ContainerApi;
 pub use info::{InfoError, Type1Info, parse};
 
 const SET_IOMMU: Opcode = vfio_opcode(2);
@@ -47,22 +51,6 @@ const INFO_WORDS: usize = 1024;
 const LAST_HALF: u64 = (1 << 63) - 0x1000;
 /// The one address space that a container has.
 const SPACE: u32 = 0;
-/// `VFIO_TYPE`
-const VFIO_TYPE: u8 = b';';
-
-const fn vfio_opcode(number: u32) -> Opcode {
-    let [number, ..] = (VFIO_BASE + number).to_le_bytes();
-    opcode::none(VFIO_TYPE, number)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "structures of the kernel's interface have tens of bytes")]
-const fn size<T>() -> u32 {
-    size_of::<T>() as u32
-}
-
-fn failed(errno: Errno, action: impl Into<String>, kind: HostErrorKind) -> HostError {
-    HostError::new(kind, action, Some(errno.into()))
-}
 
 /// Passes a structure to a file that takes it with this code.
 ///

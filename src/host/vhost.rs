@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::io::Errno;
 use vhost::{Error, VhostAccess, VhostIotlbBackend, VhostIotlbMsg, VhostIotlbType};
 
+use super::linux::map_error_kind;
 use super::replay::DmaMapper;
 use super::{Constraints, HostError, HostErrorKind};
 use crate::access::Access;
@@ -109,13 +110,8 @@ pub(crate) fn update(
         msg_type: VhostIotlbType::Update,
     };
     send(device, &message).map_err(|error| {
-        let kind = match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::INVAL) => HostErrorKind::Unmappable,
-            Some(Errno::EXIST) => HostErrorKind::AlreadyMapped,
-            Some(Errno::NOMEM | Errno::NOSPC) => HostErrorKind::NoMemory,
-            Some(Errno::FAULT) => HostErrorKind::BadAddress,
-            _ => HostErrorKind::Other,
-        };
+        let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+        let kind = errno.map_or(HostErrorKind::Other, map_error_kind);
         HostError::new(kind, format!("VHOST_IOTLB_UPDATE of {iova}"), Some(error))
     })
 }

@@ -26,11 +26,6 @@ impl<'t, M: GuestMemoryBackend> IovaMemory<'t, M> {
     pub(super) const fn new(pinned: Pinned<'t>, physical: &'t M) -> Self {
         Self { pinned, physical }
     }
-
-    /// What translates.
-    pub const fn pinned(&self) -> &Pinned<'t> {
-        &self.pinned
-    }
 }
 
 impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {

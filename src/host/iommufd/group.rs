@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::api::IommufdApi;
 use super::device::VfioDevice;
-use super::ioas::{Ioas, Iommufd, failed};
+use super::ioas::{Ioas, Iommufd};
 use crate::access::Access;
+use crate::host::linux::failed;
 use crate::host::{AfterFailure, AttachError, HostError, HostErrorKind, HostGroup, IoPageTable};
 use crate::id::EndpointId;
 use crate::memory::{GuestRam, HostSegment, RamRegion};
