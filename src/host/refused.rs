@@ -48,7 +48,7 @@ struct State {
 
 impl RefusedAccesses {
     /// How many can wait.
-    const CAPACITY: usize = 32;
+    pub(crate) const CAPACITY: usize = 32;
 
     /// Has something called when one is added and none was waiting, and at once if one is waiting already. Only the first function
     /// that is given is called.
