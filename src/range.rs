@@ -238,7 +238,7 @@ impl FromIterator<IovaRange> for RangeSet {
         for range in sorted {
             match ranges.last_mut() {
                 Some(before) if range.start <= before.last.saturating_add(1) => {
-                    before.last = before.last.max(range.last)
+                    before.last = before.last.max(range.last);
                 }
                 _ => ranges.push(range),
             }
