@@ -20,7 +20,10 @@ pub(super) const fn map_error_kind(errno: Errno) -> HostErrorKind {
 }
 
 #[cfg(any(feature = "iommufd", feature = "type1"))]
-pub(super) use self::ioctls::{failed, size, size_before, vfio_opcode};
+pub(super) use self::ioctls::{failed, size, vfio_opcode};
+
+#[cfg(feature = "iommufd")]
+pub(super) use self::ioctls::size_before;
 
 #[cfg(any(feature = "iommufd", feature = "type1"))]
 mod ioctls {

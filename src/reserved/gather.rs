@@ -3,7 +3,7 @@
 //! All that a host's file systems say of a device's group, or copies of them from another host.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::bars::Bar;
 use super::bridge::{self, BridgeWindow, HostBridge, IomemError};
@@ -47,7 +47,7 @@ impl Host {
     /// Whether this is the machine that we are on, with devices that can be opened.
     #[cfg(feature = "daemon")]
     pub(crate) fn is_here(&self) -> bool {
-        self.sysfs == Path::new("/sys")
+        self.sysfs == std::path::Path::new("/sys")
     }
 
     /// The kernel's release, if it can be read.
