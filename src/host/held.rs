@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use crate::memory::HostMemory;
 use crate::range::IovaRange;
 
-/// What keeps memory mapped in this process that is mapped in address spaces of the kernel's, by the number of the address space and
-/// the first virtual address. Who has it locked during the kernel's call, and changes it accordingly, has it agree with the kernel.
+/// What keeps memory mapped in this process that is mapped in address spaces of the kernel's, by the number of the address space
+/// and the first virtual address. Who has it locked during the kernel's call, and changes it accordingly, has it agree with the
+/// kernel.
 #[derive(Debug, Default)]
 pub(super) struct Held(BTreeMap<(u32, u64), (IovaRange, HostMemory)>);
 
