@@ -43,7 +43,9 @@ impl VirtioIommu {
             return Err(HostError::new(HostErrorKind::Unmappable, action, None));
         }
         let host = Arc::clone(&self.group(group).host);
-        if let Some(table) = self.identity_tables.iter().find(|table| host.can_share(table.as_ref())) {
+        // A group that is on one stays there, also if its tables cannot be shared: a new one would cut it off meanwhile.
+        let can_use = |table: &&Arc<dyn IoPageTable>| self.group(group).uses(table) || host.can_share(table.as_ref());
+        if let Some(table) = self.identity_tables.iter().find(can_use) {
             return Ok(Arc::clone(table));
         }
         let table = host.new_table()?;

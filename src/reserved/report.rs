@@ -74,7 +74,7 @@ fn ends(range: IovaRange) -> [String; 2] {
 }
 
 /// The name of a reason.
-pub const fn reason_name(reason: WithheldReason) -> &'static str {
+pub(crate) const fn reason_name(reason: WithheldReason) -> &'static str {
     match reason {
         WithheldReason::WindowNotInSysfs => "window-not-in-sysfs",
         WithheldReason::WindowByMatch => "window-by-match",
@@ -85,7 +85,7 @@ pub const fn reason_name(reason: WithheldReason) -> &'static str {
 }
 
 /// The name of a kind of advisory.
-pub const fn advisory_name(kind: AdvisoryKind) -> &'static str {
+const fn advisory_name(kind: AdvisoryKind) -> &'static str {
     match kind {
         AdvisoryKind::Relaxable => "relaxable",
         AdvisoryKind::UnknownType => "unknown-type",

@@ -69,6 +69,17 @@ fn bypass_tables_are_shared_and_freed() {
 }
 
 #[test]
+fn a_group_in_bypass_joins_a_bypass_domain_without_mapping_memory_again() {
+    for flavour in [Flavour::Iommufd, Flavour::Type1] {
+        let mut machine = Machine::with(flavour, Settings { boot_bypass: false, ..settings() });
+        machine.device.write_config(36, &[1]);
+        let before = machine.host.attachment(LONE);
+        assert_eq!(machine.attach_bypass(1, LONE), OK, "{flavour:?}");
+        assert_eq!(machine.host.attachment(LONE), before, "{flavour:?}");
+    }
+}
+
+#[test]
 fn bypass_is_refused_when_memory_lies_in_a_reserved_region() {
     let host = FakeHost::new(Flavour::Iommufd);
     let hole = ReservedRegion { range: range("8000-8fff"), kind: ReservedKind::Reserved };
