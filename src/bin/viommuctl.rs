@@ -12,7 +12,7 @@ use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
-use virtio_iommu::launch::{Launch, Size, picture, qemu, show};
+use virtio_iommu::launch::{Assignment, Directory, Launch, Size, picture, qemu, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
 use virtio_iommu::reserved::facts::FactsFile;
@@ -126,7 +126,7 @@ struct RunArguments {
     #[arg(long, value_name = "PATH")]
     daemon: Option<PathBuf>,
     /// Where facts, table, socket and the daemon's log are put: by default a new directory for this process in
-    /// `$XDG_RUNTIME_DIR` or /tmp.
+    /// `$XDG_RUNTIME_DIR` or /tmp. One that is there must belong to the user, who alone can write to it.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
     /// Do nothing, and print the lines that a shell could run instead.
@@ -194,13 +194,13 @@ impl RunArguments {
         }
         let beside = std::env::current_exe().ok().map(|program| program.with_file_name("vhost-device-iommu"));
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-        let own = || runtime.join(format!("virtio-iommu-{}", std::process::id()));
+        let own = || Directory::New(runtime.join(format!("virtio-iommu-{}", std::process::id())));
         Ok(Launch {
-            devices: self.devices.into_iter().zip(guest).collect(),
+            devices: self.devices.into_iter().zip(guest).map(|(host, guest)| Assignment { host, guest }).collect(),
             iommu: self.iommu,
             daemon: self.daemon.or(beside).unwrap_or_else(|| "vhost-device-iommu".into()),
             daemon_options: self.daemon_option,
-            directory: self.directory.unwrap_or_else(own),
+            directory: self.directory.map_or_else(own, Directory::Given),
             qemu: self.qemu,
         })
     }
@@ -215,7 +215,7 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     }
     let memory = qemu::memory(&launch.qemu).map_err(|error| Failure(2, error.into()))?;
     let program = launch.qemu.first().map(PathBuf::from).unwrap_or_default();
-    let devices = launch.devices.iter().map(|(host, _)| *host).collect();
+    let devices = launch.devices.iter().map(|device| device.host).collect();
     let report = check(&Host::default(), &Question { devices, qemu: program, memory });
     if !report.ready {
         eprintln!("{report}");

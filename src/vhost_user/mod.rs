@@ -37,4 +37,6 @@ pub use setup::{BuiltDevice, SetupError, build_device};
 #[cfg(feature = "daemon")]
 pub use socket::{SocketError, bind};
 #[cfg(feature = "daemon")]
+pub(crate) use socket::{is_listened_on as socket_is_listened_on, make_room};
+#[cfg(feature = "daemon")]
 pub use watcher::watch_if_asked;
