@@ -75,6 +75,8 @@ pub struct IommuBackend {
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
     state: Mutex<State>,
+    /// There is a daemon, or was.
+    has_daemon: AtomicBool,
     /// The library's event loop is to end.
     loop_ends: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
@@ -122,7 +124,8 @@ impl IommuBackend {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
         let (offered, memory) = (memory(), memory());
-        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), loop_ends: AtomicBool::new(false), again })
+        let (has_daemon, loop_ends) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), has_daemon, loop_ends, again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -142,20 +145,31 @@ impl IommuBackend {
     }
 
     /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
-    /// only.
+    /// only: what the frontend said of features, rings and memory is not another's.
     ///
     /// # Errors
     ///
-    /// The library cannot make its threads and events.
+    /// [`io::ErrorKind::AlreadyExists`] if there is one, or was; or the library cannot make its threads and events.
     pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
-        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
-        let daemon = BackendDaemon { library, backend: Arc::clone(self) };
-        for handler in daemon.get_epoll_handlers() {
-            handler
-                .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
-                .map_err(DaemonError::StartDaemon)?;
+        if self.has_daemon.swap(true, Ordering::AcqRel) {
+            let error = io::Error::new(io::ErrorKind::AlreadyExists, "a backend has one daemon: make another backend");
+            return Err(DaemonError::StartDaemon(error));
         }
-        Ok(daemon)
+        let library = self.library(name).inspect_err(|_| self.has_daemon.store(false, Ordering::Release))?;
+        Ok(BackendDaemon { library, backend: Arc::clone(self) })
+    }
+
+    fn library(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
+        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+        for handler in library.get_epoll_handlers() {
+            let again = self.again.0.as_raw_fd();
+            if let Err(error) = handler.register_listener(again, EventSet::IN, u64::from(CONTINUE_EVENT)) {
+                // Dropping it waits for the rings' thread, which nothing would wake.
+                std::mem::forget(library);
+                return Err(DaemonError::StartDaemon(error));
+            }
+        }
+        Ok(library)
     }
 
     /// Ends the library's event loop.
