@@ -12,6 +12,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -225,6 +226,29 @@ fn there_is_one_frontend() {
     assert_eq!(code, 0, "{log}");
 }
 
+/// The library's two threads can be had, and the one that waits for signals cannot. The limit is not for root, and counts all that a
+/// user runs.
+#[test]
+fn a_daemon_that_cannot_hear_signals_blocks_every_endpoint_and_ends() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("left out: needs root, to be a user with nothing else running");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let (socket, program) = (directory.path().join("socket"), directory.path().join("daemon"));
+    fs::copy(DAEMON, &program).unwrap();
+    let mut command = Command::new("bash");
+    command.args(["-c", "ulimit -u 3; exec \"$@\"", "bash"]).arg(&program).arg("--socket-path").arg(&socket);
+    command.arg("--input-range=0-ffffffff").uid(54_321);
+    let daemon = Daemon::run(command, socket, directory);
+    let _connection = UnixStream::connect(&daemon.socket).unwrap();
+    let (code, log) = daemon.end();
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+    assert!(log.contains("cannot set up events and signals"), "{log}");
+}
+
 /// Nothing sensible can be done without the memory that is missing; the watcher detaches the devices.
 #[test]
 fn guest_memory_that_is_cut_off_ends_the_daemon_with_a_signal() {
@@ -259,7 +283,12 @@ fn what_cannot_be_served_is_said_before_there_is_a_socket() {
     let facts = format!("--facts={}", facts.display());
     let iommufd = format!("--iommufd-fd={fd}");
     let endpoint = format!("--endpoint=id=00:03.0,cdev-fd={fd}");
+    let many: Vec<String> =
+        (0..255).map(|slot| format!("--endpoint=id=01:{:02x}.{},cdev-fd={fd}", slot / 8, slot % 8)).collect();
+    let many: Vec<&str> = [&iommufd].into_iter().chain(&many).map(String::as_str).collect();
     for (options, code, text) in [
+        (&many[..], 2, "255 endpoints are given, and there can be 254"),
+        (&many[..255], 2, "/dev/null is not /dev/iommu"),
         (&[][..], 2, "an input range must be given"),
         (&[iommufd.as_str()][..], 2, "/dev/null is not /dev/iommu"),
         (&["--iommufd-fd=999"][..], 2, "fd 999 is not open"),
