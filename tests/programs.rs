@@ -380,3 +380,52 @@ fn inspecting_what_is_not_there_is_a_matter_of_the_host() {
     assert_eq!(code, 3);
     assert!(said.contains("there is no PCI device ffff:ff:1f.7"), "{said}");
 }
+
+/// Facts of two devices, of which the second can be reached at more addresses.
+fn narrow_and_wide(directory: &Path) -> PathBuf {
+    let text = fs::read_to_string("tests/plans/narrow-and-wide.json").unwrap();
+    let plan: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let facts = directory.join("facts.json");
+    fs::write(&facts, plan["input"].to_string()).unwrap();
+    facts
+}
+
+#[test]
+fn the_picture_is_of_the_plan_that_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let picture = directory.path().join("picture.svg");
+    let mut command = Command::new(CONTROL);
+    command.args(["plan", "--json", "--facts"]).arg(narrow_and_wide(directory.path()));
+    let output = command.arg("--svg").arg(&picture).output().unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let picture = fs::read_to_string(picture).unwrap();
+    let regions = plan["endpoints"][0]["resv"].as_array().unwrap();
+    assert!(regions.len() > 1, "{plan}");
+    for region in regions {
+        let [start, end, subtype] = ["start", "end", "subtype"].map(|key| region[key].as_str().unwrap());
+        assert!(picture.contains(&format!("{start}-{end}: {subtype}")), "{region} is not in the picture");
+    }
+}
+
+#[test]
+fn whoever_reads_no_further_hears_of_no_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let facts = narrow_and_wide(directory.path());
+    let facts = facts.to_str().unwrap();
+    let host = ["--sysfs", "tests/hosts/vtd/sys", "--proc", "tests/hosts/vtd/proc"];
+    let inspect = [&["inspect", "01:00.0", "--input-range=0-ffffffff"][..], &host].concat();
+    for (arguments, expected) in [
+        (&["plan", "--facts", facts][..], 0),
+        (&["plan", "--facts", facts, "--json"], 0),
+        (&inspect, 0),
+        (&[&inspect[..], &["--json"]].concat(), 0),
+        (&["check", "ffff:ff:1f.7"], 3),
+        (&["check", "ffff:ff:1f.7", "--json"], 3),
+    ] {
+        // Nobody reads either of them.
+        let pipe = || Stdio::from(std::io::pipe().unwrap().1);
+        let mut command = Command::new(CONTROL);
+        let status = command.args(arguments).stdout(pipe()).stderr(pipe()).status().unwrap();
+        assert_eq!(status.code(), Some(expected), "{arguments:?}");
+    }
+}
