@@ -335,7 +335,7 @@ fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
     let id = assigned.id;
     info!("endpoint {id} is host device {} in IOMMU group {}", assigned.host, assigned.group.number);
     for region in planned.view.reported() {
-        info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
+        info!("endpoint {id}: {} is reported as {}", region.range, region.kind);
     }
     for withheld in &planned.withheld {
         let Withheld { range, reason, evidence } = withheld;
