@@ -327,7 +327,7 @@ mod tests {
     /// Serves a request for a disk of one sector, with so much room for data; its status and used length.
     fn serve(kind: u32, sector: u64, room: u32) -> (u8, u32) {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[0x5a; SECTOR_SIZE as usize]).unwrap();
+        file.write_all(&[0x5a; 512]).unwrap();
         let mut disk = Disk::new(file, None).unwrap();
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
         memory.write_obj(kind.to_le(), GuestAddress(HEADER)).unwrap();

@@ -108,10 +108,13 @@ impl LaunchError {
     /// The exit code: 1 run time, 2 usage, 3 host.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Directory(DirectoryError::Io { .. }) | Self::Socket(SocketError::Io { .. }) => 1,
-            Self::Qemu(_) | Self::Viot(_) | Self::Directory(_) | Self::Socket(_) => 2,
             Self::Sysfs(_) | Self::Inspect(_) | Self::NoFacts { .. } => 3,
-            Self::Facts(_) | Self::File { .. } | Self::Daemon { .. } => 1,
+            Self::Facts(_)
+            | Self::File { .. }
+            | Self::Daemon { .. }
+            | Self::Directory(DirectoryError::Io { .. })
+            | Self::Socket(SocketError::Io { .. }) => 1,
+            Self::Qemu(_) | Self::Viot(_) | Self::Directory(_) | Self::Socket(_) => 2,
         }
     }
 }
