@@ -19,8 +19,9 @@ mod requests;
 mod running;
 mod starts;
 
+use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
@@ -118,8 +119,25 @@ impl Bench {
     }
 }
 
+/// The library only logs that the thread of the rings panicked: that ends the tests.
+fn abort_if_the_rings_thread_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            before(panic);
+            if std::thread::current().name() == Some("vring_worker") {
+                // What goes through the macros is kept from who reads the tests' output.
+                let _ = writeln!(std::io::stderr(), "the thread of the rings: {panic}");
+                std::process::abort();
+            }
+        }));
+    });
+}
+
 /// Serves a backend over a connection.
 fn serve(backend: &Arc<IommuBackend>) -> (Served, UnixStream) {
+    abort_if_the_rings_thread_panics();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
