@@ -180,9 +180,10 @@ fn put(text: &str) -> Result<(), Failure> {
 
 fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
     let report = check(&Host::default(), question);
-    let shown = match json {
-        true => serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?,
-        false => report.to_string(),
+    let shown = if json {
+        serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?
+    } else {
+        report.to_string()
     };
     put(&format!("{shown}\n"))?;
     if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
