@@ -38,7 +38,7 @@ pub enum SocketError {
 /// # Errors
 ///
 /// [`SocketError`]; whatever is at the path is left alone.
-pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+pub(super) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     make_room(path)?;
     listen(path).map_err(|errno| SocketError::Io { path: path.to_owned(), source: errno.into() })
 }

@@ -24,6 +24,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
+use common::status::{FAULT, INVAL, NOENT, OK};
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
 use parking_lot::{RwLock, RwLockReadGuard};
 use vhost::VhostUserMemoryRegionInfo;
@@ -46,11 +47,6 @@ const MEMORY_SIZE: usize = 0x40_0000;
 const MAP_STEP: u64 = 0x1_0000;
 /// How many steps a MAP of the upper half of memory has.
 const STEPS: u64 = MEMORY_SIZE as u64 / 2 / MAP_STEP;
-
-const OK: u8 = 0;
-const INVAL: u8 = 4;
-const NOENT: u8 = 6;
-const FAULT: u8 = 7;
 
 /// Who counts the files of this process takes it alone; who opens some shares it.
 static FILES: RwLock<()> = RwLock::new(());
