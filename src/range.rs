@@ -104,7 +104,7 @@ pub enum ParseRangeError {
 /// # Errors
 ///
 /// [`ParseRangeError::Address`] if the text has anything else in it or does not fit 64 bits.
-pub fn parse_address(text: &str) -> Result<u64, ParseRangeError> {
+pub(crate) fn parse_address(text: &str) -> Result<u64, ParseRangeError> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     // from_str_radix would take a sign.
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {

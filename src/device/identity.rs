@@ -25,10 +25,7 @@ impl VirtioIommu {
         }
         let result = match self.identity_table(group) {
             Ok(table) => self.attach_group(group, None, &table),
-            Err(error) => {
-                self.group_mut(group).block();
-                Err(self.attach_failed(group, None, &error))
-            }
+            Err(error) => Err(self.attach_failed(group, None, &error)),
         };
         if result.is_err() {
             self.group_mut(group).block();

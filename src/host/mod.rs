@@ -72,7 +72,7 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     }
 
     /// The accesses of the group that its table refused, for a host that tells. By default none does.
-    fn refused(&self) -> Option<&RefusedAccesses> {
+    fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         None
     }
 

@@ -48,7 +48,7 @@ struct State {
 
 impl RefusedAccesses {
     /// How many can wait.
-    const CAPACITY: usize = 32;
+    pub(crate) const CAPACITY: usize = 32;
 
     /// Has something called when one is added and none was waiting. Only the first function that is given is called.
     pub fn on_first(&self, wake: Box<dyn Fn() + Send + Sync>) {

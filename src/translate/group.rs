@@ -118,7 +118,7 @@ impl HostGroup for EmulatedGroup {
         }
     }
 
-    fn refused(&self) -> Option<&RefusedAccesses> {
+    fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         Some(&self.attachment.refused)
     }
 }

@@ -25,6 +25,17 @@ fn without_boot_bypass_everything_is_blocked_from_the_features_on() {
 }
 
 #[test]
+fn without_boot_bypass_everything_is_blocked_from_the_memory_on_be_there_none() {
+    let host = FakeHost::new(Flavour::Iommufd);
+    let groups = vec![host.group(&[LONE], usable())];
+    let settings = Settings { boot_bypass: false, ..settings() };
+    let mut device = VirtioIommu::new(settings, vec![(LONE, msi_view())], groups).unwrap();
+    assert_eq!(host.attachment(LONE), Attachment::AsFound);
+    device.set_memory(GuestRam::default());
+    assert_eq!(host.attachment(LONE), Attachment::Blocked);
+}
+
+#[test]
 fn a_detached_endpoint_reaches_guest_memory_and_nothing_else() {
     let mut machine = Machine::new(Flavour::Iommufd);
     machine.attach(1, LONE);

@@ -205,10 +205,10 @@ fn the_first_refused_access_that_waits_wakes_whoever_delivers_events() {
     pieces(&disk, 0, 1, Access::READ);
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 1);
-    group.refused().unwrap().pop();
+    group.refused_accesses().unwrap().pop();
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 0, "one is waiting still");
-    while group.refused().unwrap().pop().is_some() {}
+    while group.refused_accesses().unwrap().pop().is_some() {}
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 1);
 }
