@@ -226,8 +226,8 @@ fn there_is_one_frontend() {
     assert_eq!(code, 0, "{log}");
 }
 
-/// The library's two threads can be had, and the one that waits for signals cannot. The limit is not for root, and counts all that a
-/// user runs.
+/// The library's two threads can be had, and the one that waits for signals cannot. The limit is not for root, and counts all
+/// that a user runs.
 #[test]
 fn a_daemon_that_cannot_hear_signals_blocks_every_endpoint_and_ends() {
     if !rustix::process::geteuid().is_root() {

@@ -346,8 +346,8 @@ mod tests {
         (memory.read_obj(GuestAddress(STATUS)).unwrap(), used)
     }
 
-    /// 2.7.8.2: The device MUST write at least len bytes to descriptor, beginning at the first device-writable buffer, prior to updating
-    /// the used idx.
+    /// 2.7.8.2: The device MUST write at least len bytes to descriptor, beginning at the first device-writable buffer, prior to
+    /// updating the used idx.
     #[test]
     fn the_used_length_counts_what_was_written_from_the_first_byte_on() {
         assert_eq!(serve(REQUEST_IN, 0, 512), (STATUS_OK, 513));

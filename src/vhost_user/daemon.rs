@@ -11,8 +11,8 @@ use vhost_user_backend::VhostUserDaemon;
 
 use super::backend::IommuBackend;
 
-/// The library's daemon for a backend, as [`IommuBackend::daemon`] makes it. Dropping it closes the connection and waits until no thread
-/// of the library's calls the backend any more; a frontend's event file that blocks holds that up.
+/// The library's daemon for a backend, as [`IommuBackend::daemon`] makes it. Dropping it closes the connection and waits until no
+/// thread of the library's calls the backend any more; a frontend's event file that blocks holds that up.
 pub struct BackendDaemon {
     pub(super) library: VhostUserDaemon<Arc<IommuBackend>>,
     pub(super) backend: Arc<IommuBackend>,

@@ -64,8 +64,8 @@ impl ServeError {
 }
 
 /// Sets the device up, serves one frontend, and blocks every endpoint when it is gone. For the program's `main` alone, after
-/// [`watch_if_asked`](super::watch_if_asked), as this program is started once more to watch the devices; and the process is to end when
-/// this returns: some threads are left to end with it.
+/// [`watch_if_asked`](super::watch_if_asked), as this program is started once more to watch the devices; and the process is to end
+/// when this returns: some threads are left to end with it.
 ///
 /// # Errors
 ///

@@ -79,8 +79,8 @@ fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
 }
 
 /// Whether somebody listens there, as far as the kernel's list tells. It is asked first because connecting would take the
-/// place of the one frontend that a daemon waits for. Of another program, it does not find a socket that was bound by a relative path
-/// which is not the one that is asked for, nor one in another network namespace.
+/// place of the one frontend that a daemon waits for. Of another program, it does not find a socket that was bound by a
+/// relative path which is not the one that is asked for, nor one in another network namespace.
 pub(crate) fn is_listened_on(path: &Path) -> bool {
     // include/uapi/linux/net.h
     const SO_ACCEPTCON: u32 = 1 << 16;
