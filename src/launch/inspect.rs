@@ -99,7 +99,7 @@ fn usable(host: &Host, address: PciAddress, group: u32) -> Result<(RangeSet, Sou
 /// # Errors
 ///
 /// [`UsableError`]
-pub fn usable_by_iommufd(address: PciAddress, node: &Path) -> Result<RangeSet, UsableError> {
+fn usable_by_iommufd(address: PciAddress, node: &Path) -> Result<RangeSet, UsableError> {
     let iommufd = Arc::new(Iommufd::new(open(Path::new(IOMMUFD))?)?);
     let device = VfioDevice::new(open(node)?, address.to_string())?;
     device.bind(&iommufd)?;

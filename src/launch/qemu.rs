@@ -11,11 +11,11 @@ use crate::id::PciAddress;
 use crate::spec;
 
 /// Marks the place in a command line where the arguments go; without it they go to the end.
-pub const PLACE: &str = "@IOMMU@";
+const PLACE: &str = "@IOMMU@";
 
 /// What the arguments refer to.
 #[derive(Clone, Debug)]
-pub struct Parts {
+pub(super) struct Parts {
     /// The daemon's socket.
     pub socket: PathBuf,
     /// The table for the guest.
@@ -70,7 +70,7 @@ pub fn memory(command: &[String]) -> Result<Option<Size>, QemuError> {
 /// # Errors
 ///
 /// [`QemuError`]
-pub fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
+pub(super) fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
     if command.is_empty() {
         return Err(QemuError::Empty);
     }
@@ -152,7 +152,7 @@ fn escape(path: &Path) -> String {
 }
 
 /// An argument as a shell reads it.
-pub fn quote(argument: &str) -> String {
+pub(super) fn quote(argument: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:,@%+".contains(character);
     if !argument.is_empty() && argument.chars().all(plain) {
         argument.to_owned()

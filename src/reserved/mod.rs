@@ -194,6 +194,15 @@ impl FromStr for HostRegion {
     }
 }
 
+impl fmt::Display for ReservedKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reserved => "reserved",
+            Self::Msi => "msi",
+        })
+    }
+}
+
 impl fmt::Display for HostRegionKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

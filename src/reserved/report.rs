@@ -4,9 +4,9 @@
 
 use serde::Serialize;
 
+use super::WithheldReason;
 use super::facts::{Facts, FactsFile};
 use super::plan::{Advisory, AdvisoryKind, EndpointPlan, Plan};
-use super::{ReservedKind, WithheldReason};
 use crate::range::IovaRange;
 
 #[derive(Serialize)]
@@ -31,7 +31,7 @@ struct Endpoint {
 struct Reserved {
     start: String,
     end: String,
-    subtype: &'static str,
+    subtype: String,
 }
 
 #[derive(Serialize)]
@@ -108,11 +108,7 @@ impl From<&EndpointPlan> for Endpoint {
     fn from(plan: &EndpointPlan) -> Self {
         let resv = plan.view.reported().iter().map(|region| {
             let [start, end] = ends(region.range);
-            let subtype = match region.kind {
-                ReservedKind::Reserved => "reserved",
-                ReservedKind::Msi => "msi",
-            };
-            Reserved { start, end, subtype }
+            Reserved { start, end, subtype: region.kind.to_string() }
         });
         let withheld = plan.withheld.iter().map(|withheld| {
             let [start, end] = ends(withheld.range);

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
-use log::{debug, error, info, warn};
+use log::{Level, debug, error, info, log, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
@@ -75,6 +75,8 @@ pub struct IommuBackend {
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
     state: Mutex<State>,
+    /// There is a daemon, or was.
+    has_daemon: AtomicBool,
     /// The library's event loop is to end.
     loop_ends: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
@@ -122,7 +124,8 @@ impl IommuBackend {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
         let (offered, memory) = (memory(), memory());
-        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), loop_ends: AtomicBool::new(false), again })
+        let (has_daemon, loop_ends) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), has_daemon, loop_ends, again })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -142,20 +145,31 @@ impl IommuBackend {
     }
 
     /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
-    /// only.
+    /// only: what the frontend said of features, rings and memory is not another's.
     ///
     /// # Errors
     ///
-    /// The library cannot make its threads and events.
+    /// [`io::ErrorKind::AlreadyExists`] if there is one, or was; or the library cannot make its threads and events.
     pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
-        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
-        let daemon = BackendDaemon { library, backend: Arc::clone(self) };
-        for handler in daemon.get_epoll_handlers() {
-            handler
-                .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
-                .map_err(DaemonError::StartDaemon)?;
+        if self.has_daemon.swap(true, Ordering::AcqRel) {
+            let error = io::Error::new(io::ErrorKind::AlreadyExists, "a backend has one daemon: make another backend");
+            return Err(DaemonError::StartDaemon(error));
         }
-        Ok(daemon)
+        let library = self.library(name).inspect_err(|_| self.has_daemon.store(false, Ordering::Release))?;
+        Ok(BackendDaemon { library, backend: Arc::clone(self) })
+    }
+
+    fn library(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
+        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+        for handler in library.get_epoll_handlers() {
+            let again = self.again.0.as_raw_fd();
+            if let Err(error) = handler.register_listener(again, EventSet::IN, u64::from(CONTINUE_EVENT)) {
+                // Dropping it waits for the rings' thread, which nothing would wake.
+                std::mem::forget(library);
+                return Err(DaemonError::StartDaemon(error));
+            }
+        }
+        Ok(library)
     }
 
     /// Ends the library's event loop.
@@ -324,16 +338,21 @@ impl State {
             return;
         };
         let queue = vring.get_queue();
-        match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
-            Start::Resume => info!("the guest goes on"),
-            Start::Reset => {
-                info!("the guest reset the device");
-                self.reset();
-            }
-            Start::Unexpected => {
-                warn!("the frontend started the request ring elsewhere than it stopped it: taking it for a reset");
-                self.reset();
-            }
+        let (resets, level, what) =
+            match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
+                Start::Resume => (false, Level::Info, "the guest goes on"),
+                Start::Reset => (true, Level::Info, "the guest reset the device"),
+                Start::Unexpected => (
+                    true,
+                    Level::Warn,
+                    "the frontend started the request ring elsewhere than it stopped it: taking it for a reset",
+                ),
+            };
+        if self.may_log() {
+            log!(level, "{what}");
+        }
+        if resets {
+            self.reset();
         }
     }
 
@@ -359,7 +378,7 @@ impl State {
         }
     }
 
-    /// Whether another line may be logged that the guest can cause.
+    /// Whether another line may be logged that the guest or the frontend can cause.
     fn may_log(&mut self) -> bool {
         match self.throttle.ask(Instant::now()) {
             Pass::No => false,
@@ -406,8 +425,10 @@ impl VhostUserBackend for IommuBackend {
     }
 
     fn reset_device(&self) {
-        info!("the frontend reset the device");
         let mut state = self.state.lock();
+        if state.may_log() {
+            info!("the frontend reset the device");
+        }
         state.features = 0;
         state.request_ring = RequestRing::default();
         state.device.reset();

@@ -29,12 +29,12 @@ pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
 pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
-pub use nodes::DeviceNode;
-#[cfg(feature = "daemon")]
 pub use serve::{ServeError, serve};
 #[cfg(feature = "daemon")]
-pub use setup::{BuiltDevice, SetupError, build_device};
+pub use setup::SetupError;
 #[cfg(feature = "daemon")]
-pub use socket::{SocketError, bind};
+pub use socket::SocketError;
+#[cfg(feature = "daemon")]
+pub(crate) use socket::{is_listened_on as socket_is_listened_on, make_room};
 #[cfg(feature = "daemon")]
 pub use watcher::watch_if_asked;

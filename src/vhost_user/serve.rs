@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::mem::ManuallyDrop;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,7 +63,9 @@ impl ServeError {
     }
 }
 
-/// Sets the device up, serves one frontend, and blocks every endpoint when it is gone.
+/// Sets the device up, serves one frontend, and blocks every endpoint when it is gone. For the program's `main` alone, after
+/// [`watch_if_asked`](super::watch_if_asked), as this program is started once more to watch the devices; and the process is to end
+/// when this returns: some threads are left to end with it.
 ///
 /// # Errors
 ///
@@ -130,22 +133,23 @@ fn follow_parent() -> io::Result<()> {
 }
 
 fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: Signals) -> Result<(), ServeError> {
-    let mut daemon = backend.daemon("vhost-user").map_err(ServeError::Daemon)?;
+    // Never dropped: that waits for the library's threads, which files of the frontend's may hold up. They end with the process.
+    let mut daemon = ManuallyDrop::new(backend.daemon("vhost-user").map_err(ServeError::Daemon)?);
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
     let ended = Arc::new(AtomicBool::new(false));
     if let Some(handle) = daemon.shutdown_handle() {
-        let (backend, ended) = (Arc::clone(backend), Arc::clone(&ended));
-        let stop = move || signals.then(|| stop_now(&handle, &backend, &ended));
-        std::thread::Builder::new().name("signals".to_owned()).spawn(stop).map_err(ServeError::Events)?;
+        let (stopped, ended) = (Arc::clone(backend), Arc::clone(&ended));
+        let stop = move || signals.then(|| stop_now(&handle, &stopped, &ended));
+        if let Err(error) = std::thread::Builder::new().name("signals".to_owned()).spawn(stop) {
+            daemon.request_shutdown();
+            block_all(backend);
+            return Err(ServeError::Events(error));
+        }
     }
     let result = daemon.wait();
     ended.store(true, Ordering::Release);
-    // First of all: the library's own threads may be held up by files of the frontend's.
-    let statistics = backend.shut_down();
-    info!("every endpoint is blocked; {statistics}");
-    // Dropping it waits for those threads.
-    std::thread::spawn(move || drop(daemon));
+    block_all(backend);
     match result {
         Ok(()) => info!("the connection is closed"),
         Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
@@ -155,6 +159,12 @@ fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: 
         Err(error) => return Err(ServeError::Daemon(error)),
     }
     Ok(())
+}
+
+/// What the watcher is told when the process ends is so.
+fn block_all(backend: &IommuBackend) {
+    let statistics = backend.shut_down();
+    info!("every endpoint is blocked; {statistics}");
 }
 
 /// Ends what a signal asked to end, even if the library's threads are held up by files of the frontend's.

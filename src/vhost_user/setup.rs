@@ -27,9 +27,15 @@ use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 use crate::reserved::{HostFacts, Withheld};
 use crate::spec;
 
+/// How many endpoints there can be: a byte tells the watcher which of them is gone, and its highest values are other words.
+const MOST_ENDPOINTS: usize = 254;
+
 /// A device that cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
+    /// There are more endpoints than are watched over.
+    #[error("{0} endpoints are given, and there can be {MOST_ENDPOINTS}: give the others to another daemon")]
+    TooManyEndpoints(usize),
     /// A passed file cannot be used.
     #[error(transparent)]
     File(#[from] AdoptError),
@@ -46,7 +52,7 @@ pub enum SetupError {
     #[error(transparent)]
     Facts(#[from] FactsError),
     /// A device file cannot be traced to its device.
-    #[error("cannot tell which device /dev/{node} is for")]
+    #[error("cannot tell which device /dev/{node} is for: {} does not lead to one", .path.display())]
     Untraceable {
         /// The device node.
         node: String,
@@ -145,7 +151,8 @@ impl SetupError {
     /// Whether the arguments are at fault, rather than the host.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::File(_)
+            Self::TooManyEndpoints(_)
+            | Self::File(_)
             | Self::UnknownWidth { .. }
             | Self::Facts(_)
             | Self::WrongFile(_)
@@ -191,6 +198,9 @@ pub struct BuiltDevice {
 ///
 /// [`SetupError`]
 pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
+    if arguments.endpoint.len() > MOST_ENDPOINTS {
+        return Err(SetupError::TooManyEndpoints(arguments.endpoint.len()));
+    }
     let sysfs = Sysfs::new("/sys");
     let iommufd = arguments.iommufd_fd.map(|number| adopt(number, FileKind::Iommufd)).transpose()?;
     let facts = arguments.facts.as_deref().map(FactsFile::read).transpose()?;
@@ -325,7 +335,7 @@ fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
     let id = assigned.id;
     info!("endpoint {id} is host device {} in IOMMU group {}", assigned.host, assigned.group.number);
     for region in planned.view.reported() {
-        info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
+        info!("endpoint {id}: {} is reported as {}", region.range, region.kind);
     }
     for withheld in &planned.withheld {
         let Withheld { range, reason, evidence } = withheld;
