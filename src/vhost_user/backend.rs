@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
-use log::{debug, error, info, warn};
+use log::{Level, debug, error, info, log, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
@@ -324,16 +324,21 @@ impl State {
             return;
         };
         let queue = vring.get_queue();
-        match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
-            Start::Resume => info!("the guest goes on"),
-            Start::Reset => {
-                info!("the guest reset the device");
-                self.reset();
-            }
-            Start::Unexpected => {
-                warn!("the frontend started the request ring elsewhere than it stopped it: taking it for a reset");
-                self.reset();
-            }
+        let (resets, level, what) =
+            match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
+                Start::Resume => (false, Level::Info, "the guest goes on"),
+                Start::Reset => (true, Level::Info, "the guest reset the device"),
+                Start::Unexpected => (
+                    true,
+                    Level::Warn,
+                    "the frontend started the request ring elsewhere than it stopped it: taking it for a reset",
+                ),
+            };
+        if self.may_log() {
+            log!(level, "{what}");
+        }
+        if resets {
+            self.reset();
         }
     }
 
@@ -359,7 +364,7 @@ impl State {
         }
     }
 
-    /// Whether another line may be logged that the guest can cause.
+    /// Whether another line may be logged that the guest or the frontend can cause.
     fn may_log(&mut self) -> bool {
         match self.throttle.ask(Instant::now()) {
             Pass::No => false,
@@ -406,8 +411,10 @@ impl VhostUserBackend for IommuBackend {
     }
 
     fn reset_device(&self) {
-        info!("the frontend reset the device");
         let mut state = self.state.lock();
+        if state.may_log() {
+            info!("the frontend reset the device");
+        }
         state.features = 0;
         state.request_ring = RequestRing::default();
         state.device.reset();

@@ -2,7 +2,6 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
-use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +17,13 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
+use super::incoming::{Incoming, IncomingError, Source};
 use super::nodes::{self, DeviceNode, NodeWatch};
+use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
-use super::socket::{SocketError, bind};
 use super::watcher::Watcher;
+use crate::fd::{AdoptError, adopt_writable};
+use crate::reserved::plan::Plan;
 
 /// How long the connection's thread has to end after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -34,7 +36,10 @@ pub enum ServeError {
     Setup(#[from] SetupError),
     /// The socket cannot be had.
     #[error(transparent)]
-    Socket(#[from] SocketError),
+    Incoming(#[from] IncomingError),
+    /// Whoever waits for this process cannot be told.
+    #[error("--ready-fd")]
+    Ready(#[source] AdoptError),
     /// Nobody would hold the devices after this process.
     #[error("cannot start a watcher for the devices")]
     Watcher(#[source] io::Error),
@@ -55,11 +60,25 @@ impl ServeError {
         match self {
             Self::Setup(error) if error.is_usage() => 2,
             Self::Setup(_) => 3,
-            Self::Socket(SocketError::NotASocket(_) | SocketError::InUse(_)) => 2,
+            Self::Incoming(error) if error.is_usage() => 2,
+            Self::Ready(_) => 2,
             Self::Protocol(_) => 4,
-            Self::Socket(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
+            Self::Incoming(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
         }
     }
+}
+
+/// Checks all that can be checked without serving, and returns what the guest would be told. Nothing is changed, but the files that
+/// the arguments name are taken over.
+///
+/// # Errors
+///
+/// What [`serve`] would answer.
+pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
+    let Passed { source, .. } = Passed::take(arguments)?;
+    let BuiltDevice { plan, .. } = build_device(arguments)?;
+    source.examine()?;
+    Ok(plan)
 }
 
 /// Sets the device up, serves one frontend, and blocks every endpoint when it is gone.
@@ -71,20 +90,36 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
+    // Before the watcher, which must not hold them.
+    let passed = Passed::take(arguments)?;
     // Before the files are adopted: it inherits them as they are.
     let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
     let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
     let watcher = Arc::new(Mutex::new(watcher));
-    let result = serve_watched(arguments, &watcher);
+    let result = serve_watched(arguments, passed, &watcher);
     // What was to be let go was.
     drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
     result
 }
 
+/// What connects the process with the frontend and with whoever started it.
+struct Passed {
+    source: Source,
+    readiness: Readiness,
+}
+
+impl Passed {
+    fn take(arguments: &Arguments) -> Result<Self, ServeError> {
+        let source = Source::find(arguments)?;
+        let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
+        Ok(Self { source, readiness: Readiness::new(ready, ServiceManager::from_environment()) })
+    }
+}
+
 type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
 
-fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), ServeError> {
-    let BuiltDevice { device, nodes } = build_device(arguments)?;
+fn serve_watched(arguments: &Arguments, passed: Passed, watcher: &SharedWatcher) -> Result<(), ServeError> {
+    let BuiltDevice { device, nodes, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
 
@@ -93,13 +128,15 @@ fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), S
     }
 
     let mut signals = Signals::new().map_err(ServeError::Events)?;
-    let listener = bind(&arguments.socket_path)?;
-    info!("listening on {}", arguments.socket_path.display());
-    let connected = signals.wait_for_frontend(&listener).map_err(ServeError::Events)?;
-    let result = if connected { serve_frontend(&backend, listener, signals) } else { Ok(()) };
-    // Nobody else can connect. That the socket is gone already is no failure.
-    let _ = fs::remove_file(&arguments.socket_path);
-    result
+    // A path that this process listens on is removed when this returns: nobody else can connect.
+    let Incoming { listener, leftover: _leftover } = passed.source.open()?;
+    let manager = passed.readiness.ready();
+    if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
+        serve_frontend(&backend, listener, signals, &manager)
+    } else {
+        manager.stopping();
+        Ok(())
+    }
 }
 
 /// Has endpoints removed whose devices the host wants back.
@@ -129,10 +166,16 @@ fn follow_parent() -> io::Result<()> {
     Ok(())
 }
 
-fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: Signals) -> Result<(), ServeError> {
+fn serve_frontend(
+    backend: &Arc<IommuBackend>,
+    listener: UnixListener,
+    signals: Signals,
+    manager: &ServiceManager,
+) -> Result<(), ServeError> {
     let mut daemon = backend.daemon("vhost-user").map_err(ServeError::Daemon)?;
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
+    manager.serving();
     let ended = Arc::new(AtomicBool::new(false));
     if let Some(handle) = daemon.shutdown_handle() {
         let (backend, ended) = (Arc::clone(backend), Arc::clone(&ended));
@@ -141,6 +184,7 @@ fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: 
     }
     let result = daemon.wait();
     ended.store(true, Ordering::Release);
+    manager.stopping();
     // First of all: the library's own threads may be held up by files of the frontend's.
     let statistics = backend.shut_down();
     info!("every endpoint is blocked; {statistics}");

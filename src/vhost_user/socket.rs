@@ -30,6 +30,35 @@ pub enum SocketError {
     },
 }
 
+/// What is at a path where a socket could be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Nothing.
+    Free,
+    /// A socket that nobody listens on, as far as the kernel's list tells.
+    Taken,
+}
+
+/// Looks whether a socket can be at a path, and touches nothing.
+///
+/// # Errors
+///
+/// [`SocketError`]
+pub(super) fn examine(path: &Path) -> Result<Place, SocketError> {
+    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            fs::metadata(parent).map_err(failed)?;
+            Ok(Place::Free)
+        }
+        Err(error) => Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) if is_listened_on(path) => Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => Ok(Place::Taken),
+    }
+}
+
 /// Listens on a path, with access for the owner only. To be called while the process has one thread: for a moment the
 /// process's file mode mask is another.
 ///
@@ -38,17 +67,13 @@ pub enum SocketError {
 /// [`SocketError`]; whatever is at the path is left alone.
 pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     let failed = |source| SocketError::Io { path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-        Err(error) => return Err(failed(error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) if is_listened_on(path) => return Err(SocketError::InUse(path.to_owned())),
-        // Nobody that this process can see. Connecting tells for sure.
-        Ok(_) => match UnixStream::connect(path) {
+    if examine(path)? == Place::Taken {
+        // By nobody that this process can see. Connecting tells for sure.
+        match UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
             Err(error) => return Err(failed(error)),
             Ok(_) => return Err(SocketError::InUse(path.to_owned())),
-        },
+        }
     }
     // The mode of a socket comes from the mask alone. There is only one thread yet.
     let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
