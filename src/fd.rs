@@ -106,16 +106,13 @@ mod passed {
         Ok(Adopted { file, node, sysfs })
     }
 
-    /// Takes over a Unix stream socket, as [`adopt`] does a device's file. From here on it waits when there is nothing to be had,
-    /// whatever it did before.
+    /// Takes over a Unix stream socket, as [`adopt`] does a device's file.
     ///
     /// # Errors
     ///
     /// [`AdoptError`]; the socket is left alone.
     pub(crate) fn adopt_socket(number: RawFd) -> Result<PassedSocket, AdoptError> {
         let (socket, listens) = take_over(number, SOCKET, listens)?;
-        // Fails for no socket.
-        let _ = rustix::io::ioctl_fionbio(&socket, false);
         Ok(if listens { PassedSocket::Listening(socket.into()) } else { PassedSocket::Connected(socket.into()) })
     }
 

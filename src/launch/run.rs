@@ -3,15 +3,16 @@
 //! The daemon and QEMU, started together over the same files.
 
 use std::fs::{self, DirBuilder, File};
-use std::io;
+use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use super::inspect::inspect;
 use super::qemu::{self, Parts, QemuError, quote};
@@ -226,37 +227,49 @@ impl Launch {
         Ok(files)
     }
 
-    /// Starts the daemon and waits until it listens.
+    /// Starts the daemon and waits until QEMU can connect.
     fn start_daemon(&self, command: &[String]) -> Result<(), LaunchError> {
         let log = self.path("daemon.log");
         let output = File::create(&log).map_err(at(&log))?;
+        let (ready, told) = io::pipe().map_err(at(&self.daemon))?;
+        fcntl_setfd(&told, FdFlags::empty()).map_err(|errno| at(&self.daemon)(errno.into()))?;
         let mut child = Command::new(&self.daemon)
             .args(command.iter().skip(1))
             .arg("--exit-with-parent")
+            .arg(format!("--ready-fd={}", told.as_raw_fd()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(output)
             .spawn()
             .map_err(at(&self.daemon))?;
-        let deadline = Instant::now() + PATIENCE;
-        while !self.path("iommu.sock").exists() {
-            if has_ended(&mut child) || Instant::now() > deadline {
-                let _ = child.kill();
-                return Err(LaunchError::Daemon { daemon: self.daemon.clone(), log });
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        // So that the daemon's end is seen.
+        drop(told);
+        if is_told(ready) {
+            return Ok(());
         }
-        Ok(())
+        let _ = child.kill();
+        let _ = child.wait();
+        Err(LaunchError::Daemon { daemon: self.daemon.clone(), log })
+    }
+}
+
+/// Waits for the daemon to say that it is ready, which it does not if it ends.
+fn is_told(mut ready: PipeReader) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(0), tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&ready, PollFlags::IN)], Some(&left)) {
+            Err(Errno::INTR) => (),
+            Err(_) | Ok(0) => return false,
+            Ok(_) => return matches!(ready.read(&mut [0]), Ok(1)),
+        }
     }
 }
 
 fn vfio_node(sysfs: &Sysfs, device: PciAddress) -> Result<String, LaunchError> {
     let reason = format!("it is not bound to vfio-pci: `viommuctl check {device}` says what to do");
     sysfs.vfio_node(device)?.ok_or(LaunchError::NoFacts { device, reason })
-}
-
-fn has_ended(child: &mut Child) -> bool {
-    !matches!(child.try_wait(), Ok(None))
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
@@ -274,6 +287,32 @@ fn open(path: &Path) -> Result<File, LaunchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemon_is_waited_for_until_it_is_ready_or_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("daemon");
+        let mut launch = Launch {
+            devices: Vec::new(),
+            iommu: "00:01.0".parse().unwrap(),
+            daemon: "/bin/sh".into(),
+            daemon_options: Vec::new(),
+            directory: directory.path().to_owned(),
+            qemu: Vec::new(),
+        };
+        let start = |launch: &Launch, script: &str| {
+            // The last of its arguments is --ready-fd=N.
+            fs::write(&program, format!("for last; do :; done; fd=${{last#--ready-fd=}}; {script}")).unwrap();
+            launch.start_daemon(&[String::new(), program.display().to_string()])
+        };
+        let marker = directory.path().join("marker");
+        start(&launch, &format!("touch {}; echo >/proc/$$/fd/$fd; sleep 1", marker.display())).unwrap();
+        assert!(marker.exists());
+        let error = start(&launch, "exit 3").unwrap_err();
+        assert!(matches!(error, LaunchError::Daemon { .. }), "{error}");
+        launch.daemon = "/nowhere".into();
+        assert!(matches!(start(&launch, ""), Err(LaunchError::File { .. })));
+    }
 
     #[test]
     fn both_commands_name_the_same_files() {

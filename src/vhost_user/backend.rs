@@ -77,6 +77,8 @@ pub struct IommuBackend {
     state: Mutex<State>,
     /// The library's event loop is to end.
     loop_ends: AtomicBool,
+    /// It was said that the frontend cannot be notified.
+    unnotified: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
@@ -122,7 +124,16 @@ impl IommuBackend {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
         let (offered, memory) = (memory(), memory());
-        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), loop_ends: AtomicBool::new(false), again })
+        Ok(Self {
+            options,
+            offered,
+            memory,
+            watch,
+            state: Mutex::new(state),
+            loop_ends: AtomicBool::new(false),
+            unnotified: AtomicBool::new(false),
+            again,
+        })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -210,8 +221,12 @@ impl IommuBackend {
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
         // down. Between the steps of a large MAP whoever waits for the device has it first.
         MutexGuard::unlock_fair(state);
-        notify(handled.notify.then_some(requests));
-        notify(delivered.notify.then_some(events));
+        if handled.notify {
+            self.note_unnotified(requests.signal_used_queue());
+        }
+        if delivered.notify {
+            self.note_unnotified(events.signal_used_queue());
+        }
         let more = handled.more || delivered.more;
         if more {
             self.look_again();
@@ -244,6 +259,15 @@ impl IommuBackend {
     fn look_again(&self) {
         if self.again.1.notify().is_err() {
             error!("cannot go on with what is left in the rings: waiting for the driver's next kick");
+        }
+    }
+
+    /// Says once that the frontend cannot be notified: it can have that so for every batch.
+    fn note_unnotified(&self, signalled: io::Result<()>) {
+        if let Err(error) = signalled
+            && !self.unnotified.swap(true, Ordering::Relaxed)
+        {
+            debug!("the frontend cannot be notified: {error}");
         }
     }
 
@@ -302,12 +326,6 @@ impl IommuBackend {
             }
             Batch::default()
         })
-    }
-}
-
-fn notify(vring: Option<&Vring>) {
-    if let Some(Err(error)) = vring.map(VringT::signal_used_queue) {
-        debug!("the frontend cannot be notified: {error}");
     }
 }
 
@@ -474,8 +492,8 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        if let Some(Err(error)) = to_notify.map(|vring| vring.signal_without_waiting()) {
-            debug!("the frontend cannot be notified: {error}");
+        if let Some(vring) = to_notify {
+            self.note_unnotified(vring.signal_without_waiting());
         }
         Ok(())
     }

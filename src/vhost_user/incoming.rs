@@ -34,15 +34,15 @@ pub enum IncomingError {
     /// The path cannot be listened on.
     #[error(transparent)]
     Path(#[from] SocketError),
-    /// The passed connection cannot be served.
-    #[error("cannot serve the connection that was passed")]
-    Connection(#[source] io::Error),
+    /// The passed socket is in order, and cannot be served.
+    #[error("cannot serve the socket that was passed")]
+    Serve(#[source] io::Error),
 }
 
 impl IncomingError {
     /// Whether the arguments are at fault, rather than what happens at run time.
     pub const fn is_usage(&self) -> bool {
-        !matches!(self, Self::Path(SocketError::Io { .. }) | Self::Connection(_))
+        !matches!(self, Self::Path(SocketError::Io { .. }) | Self::Serve(_))
     }
 }
 
@@ -103,11 +103,13 @@ impl Source {
                 Incoming { listener, leftover: Leftover(Some(path)) }
             }
             Self::Listening(listener) => {
+                listener.set_nonblocking(false).map_err(IncomingError::Serve)?;
                 log::info!("listening on the socket that was passed");
                 Incoming { listener, leftover: Leftover(None) }
             }
             Self::Connected(stream) => {
-                let listener = relay::start(stream).map_err(IncomingError::Connection)?;
+                stream.set_nonblocking(false).map_err(IncomingError::Serve)?;
+                let listener = relay::start(stream).map_err(IncomingError::Serve)?;
                 log::info!("serving the connection that was passed");
                 Incoming { listener, leftover: Leftover(None) }
             }

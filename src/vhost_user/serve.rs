@@ -2,6 +2,7 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -55,7 +56,7 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol.
+    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol. 5 is kept for a process that cannot be confined.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Setup(error) if error.is_usage() => 2,
@@ -75,7 +76,7 @@ impl ServeError {
 ///
 /// What [`serve`] would answer.
 pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
-    let Passed { source, .. } = Passed::take(arguments)?;
+    let (source, _ready) = take_passed(arguments)?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
     Ok(plan)
@@ -91,34 +92,33 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         follow_parent().map_err(ServeError::Events)?;
     }
     // Before the watcher, which must not hold them.
-    let passed = Passed::take(arguments)?;
+    let (source, ready) = take_passed(arguments)?;
+    let readiness = Readiness::new(ready, ServiceManager::from_environment());
     // Before the files are adopted: it inherits them as they are.
     let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
     let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
     let watcher = Arc::new(Mutex::new(watcher));
-    let result = serve_watched(arguments, passed, &watcher);
+    let result = serve_watched(arguments, source, readiness, &watcher);
     // What was to be let go was.
     drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
     result
 }
 
-/// What connects the process with the frontend and with whoever started it.
-struct Passed {
-    source: Source,
-    readiness: Readiness,
-}
-
-impl Passed {
-    fn take(arguments: &Arguments) -> Result<Self, ServeError> {
-        let source = Source::find(arguments)?;
-        let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
-        Ok(Self { source, readiness: Readiness::new(ready, ServiceManager::from_environment()) })
-    }
+/// Takes over the socket, and the file by which readiness is told.
+fn take_passed(arguments: &Arguments) -> Result<(Source, Option<File>), ServeError> {
+    let source = Source::find(arguments)?;
+    let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
+    Ok((source, ready))
 }
 
 type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
 
-fn serve_watched(arguments: &Arguments, passed: Passed, watcher: &SharedWatcher) -> Result<(), ServeError> {
+fn serve_watched(
+    arguments: &Arguments,
+    source: Source,
+    readiness: Readiness,
+    watcher: &SharedWatcher,
+) -> Result<(), ServeError> {
     let BuiltDevice { device, nodes, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
@@ -129,8 +129,8 @@ fn serve_watched(arguments: &Arguments, passed: Passed, watcher: &SharedWatcher)
 
     let mut signals = Signals::new().map_err(ServeError::Events)?;
     // A path that this process listens on is removed when this returns: nobody else can connect.
-    let Incoming { listener, leftover: _leftover } = passed.source.open()?;
-    let manager = passed.readiness.ready();
+    let Incoming { listener, leftover: _leftover } = source.open()?;
+    let manager = readiness.ready();
     if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
         serve_frontend(&backend, listener, signals, &manager)
     } else {

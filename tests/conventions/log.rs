@@ -121,3 +121,23 @@ fn a_guest_that_stops_and_starts_without_end_fills_no_log() {
     assert!(said.contains("the guest goes on"), "{said}");
     assert!(lines <= 11 * seconds + 20, "{lines} lines in {seconds} s");
 }
+
+/// What the library that speaks the protocol logs of it is limited too, or ends the connection.
+#[test]
+fn a_frontend_that_asks_for_the_impossible_without_end_fills_no_log() {
+    let place = Place::new();
+    let daemon = place.start(Start::with(&["--log-level=trace"]));
+    let machine = Machine::connect(&place.socket, guest_memory(0x20_0000));
+    let started = Instant::now();
+    for _ in 0..3000 {
+        if machine.frontend.set_vring_num(0, 0).is_err() {
+            break;
+        }
+    }
+    drop(machine);
+    let ended = daemon.end();
+    let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 2;
+    let lines = ended.err.lines().count();
+    assert!(lines <= 11 * seconds + 20, "{lines} lines in {seconds} s");
+    assert!(ended.err.contains("requested queue size 0 out of range"), "{}", ended.err);
+}
