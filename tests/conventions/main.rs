@@ -15,7 +15,7 @@ mod readiness;
 mod sockets;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -100,13 +100,16 @@ impl Start {
         for name in ["RUST_LOG", "NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
             command.env_remove(name);
         }
-        command.envs(self.environment).stderr(Stdio::piped());
+        command.envs(self.environment);
         command
     }
 
     /// Starts one that goes on.
     fn start(self) -> Daemon {
-        Daemon { child: self.command().spawn().unwrap() }
+        // A file: a daemon that says too much must not wait until it is read.
+        let log = tempfile::tempfile().unwrap();
+        let child = self.command().stderr(log.try_clone().unwrap()).spawn().unwrap();
+        Daemon { child, log }
     }
 
     /// Runs one that ends by itself.
@@ -118,6 +121,7 @@ impl Start {
 /// A daemon that runs.
 struct Daemon {
     child: Child,
+    log: File,
 }
 
 impl Daemon {
@@ -125,7 +129,7 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
     }
 
-    /// Waits for its end. It must not say more than a pipe holds.
+    /// Waits for its end.
     fn end(mut self) -> Ended {
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
@@ -143,7 +147,8 @@ impl Daemon {
         if let Some(mut out) = self.child.stdout.take() {
             out.read_to_string(&mut ended.out).unwrap();
         }
-        self.child.stderr.take().unwrap().read_to_string(&mut ended.err).unwrap();
+        self.log.rewind().unwrap();
+        self.log.read_to_string(&mut ended.err).unwrap();
         ended
     }
 
