@@ -43,6 +43,8 @@ fn a_service_managers_socket_is_served() {
 fn a_connection_is_served() {
     for leaves in [true, false] {
         let (frontend, passed) = UnixStream::pair().unwrap();
+        // Whoever made it may have had it so for its own use.
+        passed.set_nonblocking(true).unwrap();
         let daemon = Start::with(&["--fd=3"]).third(passed).start();
         let (machine, _) = use_device(frontend);
         let machine = (!leaves).then_some(machine);
