@@ -5,11 +5,45 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features conformance bench bench-docs felt fuzz fuzz-smoke campaign mutants
-.PHONY: agreement soak sanitize public-api
+.PHONY: all install uninstall package msrv reproducible quick demo test check unit model hostvm features conformance bench
+.PHONY: bench-docs felt fuzz fuzz-smoke campaign mutants agreement soak sanitize
 
+# Where `make install` puts things, each after DESTDIR. For systemd to find the units: unitdir=/usr/lib/systemd/system
+prefix ?= /usr/local
+bindir ?= $(prefix)/bin
+datadir ?= $(prefix)/share
+docdir ?= $(datadir)/doc/virtio-iommu
+unitdir ?= $(docdir)/systemd
+# Where the programs are.
+BUILD ?= target/release
+CARGO_HOME ?= $(HOME)/.cargo
+
+# The programs, with nothing in them of where they were built.
 all:
-	$(CARGO) build --release
+	RUSTFLAGS="$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=/virtio-iommu --remap-path-prefix=$(CARGO_HOME)=/cargo" \
+		$(CARGO) build --release --locked --bins
+
+install uninstall: export DESTDIR := $(DESTDIR)
+install uninstall: export BUILD := $(BUILD)
+install uninstall: export bindir := $(bindir)
+install uninstall: export datadir := $(datadir)
+install uninstall: export docdir := $(docdir)
+install uninstall: export unitdir := $(unitdir)
+install uninstall:
+	@sh dist/install $@
+
+# What a registry would get: all there, and builds.
+package:
+	@$(CARGO) package --locked
+	@echo "package: OK"
+
+# With the oldest compiler that is promised.
+msrv:
+	@sh dist/msrv
+
+# The last commit, built in two places: the same bytes.
+reproducible:
+	@sh dist/reproducible
 
 # The device and one behind it beside an unmodified QEMU with a stock Debian kernel: no KVM, no IOMMU and no kernel to build.
 quick:

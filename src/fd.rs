@@ -10,7 +10,7 @@ pub use kind::{FileKind, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
-pub(crate) use passed::{Adopted, adopt, close_inherited};
+pub(crate) use passed::{Adopted, PassedSocket, adopt, adopt_socket, adopt_writable, close_inherited};
 
 /// Another descriptor of a file that is known by its number only.
 ///
@@ -32,12 +32,15 @@ mod passed {
     // Adopting a passed descriptor.
     #![allow(unsafe_code)]
 
+    use std::fs::File;
     use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::PathBuf;
     use std::sync::Mutex;
 
     use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
+    use super::kind::{SOCKET, WRITABLE, check_writable, listens};
     use super::{FileKind, WrongFile};
 
     /// A file that was adopted.
@@ -51,19 +54,28 @@ mod passed {
         pub sysfs: PathBuf,
     }
 
+    /// A socket that was adopted.
+    #[derive(Debug)]
+    pub(crate) enum PassedSocket {
+        /// Others connect to it.
+        Listening(UnixListener),
+        /// Somebody is at the other end.
+        Connected(UnixStream),
+    }
+
     /// A number that is no usable file.
     #[derive(Debug, thiserror::Error)]
     pub enum AdoptError {
         /// Standard input, output and error are not passed for this.
         #[error("fd {0} is standard input, output or error: pass {1} by a number above 2")]
-        Standard(RawFd, FileKind),
+        Standard(RawFd, &'static str),
         /// Nothing is open there.
-        #[error("fd {number} is not open: open {kind} and let this process inherit it")]
+        #[error("fd {number} is not open: open {expected} and let this process inherit it")]
         NotOpen {
             /// The number.
             number: RawFd,
             /// What was expected.
-            kind: FileKind,
+            expected: &'static str,
             /// What the kernel said.
             source: std::io::Error,
         },
@@ -90,25 +102,55 @@ mod passed {
     ///
     /// [`AdoptError`]; the file is left alone.
     pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
+        let (file, (node, sysfs)) = take_over(number, kind.name(), |file| kind.check(&file))?;
+        Ok(Adopted { file, node, sysfs })
+    }
+
+    /// Takes over a Unix stream socket, as [`adopt`] does a device's file.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the socket is left alone.
+    pub(crate) fn adopt_socket(number: RawFd) -> Result<PassedSocket, AdoptError> {
+        let (socket, listens) = take_over(number, SOCKET, listens)?;
+        Ok(if listens { PassedSocket::Listening(socket.into()) } else { PassedSocket::Connected(socket.into()) })
+    }
+
+    /// Takes over a file that can be written to, as [`adopt`] does a device's file.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the file is left alone.
+    pub(crate) fn adopt_writable(number: RawFd) -> Result<File, AdoptError> {
+        let (file, ()) = take_over(number, WRITABLE, check_writable)?;
+        Ok(file.into())
+    }
+
+    /// Takes over a file for which a check holds, and returns what that found.
+    fn take_over<T>(
+        number: RawFd,
+        expected: &'static str,
+        check: impl FnOnce(BorrowedFd<'_>) -> Result<T, WrongFile>,
+    ) -> Result<(OwnedFd, T), AdoptError> {
         if number <= 2 {
-            return Err(AdoptError::Standard(number, kind));
+            return Err(AdoptError::Standard(number, expected));
         }
         let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // SAFETY: nothing but the number is used: if it is not open, or the kernel has it closed meanwhile, the calls below
         // fail with EBADF.
         let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-        let not_open = |errno: Errno| AdoptError::NotOpen { number, kind, source: errno.into() };
+        let not_open = |errno: Errno| AdoptError::NotOpen { number, expected, source: errno.into() };
         // A file that came through exec has the flag cleared; every file that Rust code opens, and every one that was
         // adopted, has it set. So nobody in this process owns what passes here.
         if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
             return Err(AdoptError::NotInherited(number));
         }
-        let (node, sysfs) = kind.check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
+        let found = check(borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
         // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
         // keeps it from being adopted again.
         let file = unsafe { OwnedFd::from_raw_fd(number) };
-        Ok(Adopted { file, node, sysfs })
+        Ok((file, found))
     }
 
     /// Closes every file that this process inherited but standard input, output and error, and those that were adopted. To be
@@ -118,10 +160,10 @@ mod passed {
         let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let numbers: Vec<RawFd> = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
         for number in numbers.into_iter().filter(|number| *number > 2) {
-            // SAFETY: as in `adopt`.
+            // SAFETY: as in `take_over`.
             let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
             if fcntl_getfd(borrowed).is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
-                // SAFETY: as in `adopt`: it was inherited, so nothing in this process owns it.
+                // SAFETY: as in `take_over`: it was inherited, so nothing in this process owns it.
                 drop(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }

@@ -10,6 +10,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
 use rustix::fs::{FileType, fstat, major, minor};
+#[cfg(feature = "daemon")]
+use rustix::fs::{OFlags, fcntl_getfl};
+#[cfg(feature = "daemon")]
+use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
 
 /// What a passed file should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,8 +33,18 @@ impl FileKind {
     pub(crate) fn check(self, file: &impl AsFd) -> Result<(String, PathBuf), WrongFile> {
         match device_node(file.as_fd()) {
             Ok((node, sysfs)) if self.matches(&node) => Ok((node, sysfs)),
-            Ok((node, _)) => Err(WrongFile { found: format!("/dev/{node}"), kind: self }),
-            Err(found) => Err(WrongFile { found, kind: self }),
+            Ok((node, _)) => Err(WrongFile { found: format!("/dev/{node}"), expected: self.name() }),
+            Err(found) => Err(WrongFile { found, expected: self.name() }),
+        }
+    }
+
+    /// What it is called in messages.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Iommufd => "/dev/iommu",
+            Self::VfioDevice => "/dev/vfio/devices/vfioN",
+            Self::VfioContainer => "/dev/vfio/vfio",
+            Self::VfioGroup => "/dev/vfio/N",
         }
     }
 
@@ -47,21 +61,56 @@ impl FileKind {
 
 impl fmt::Display for FileKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Iommufd => "/dev/iommu",
-            Self::VfioDevice => "/dev/vfio/devices/vfioN",
-            Self::VfioContainer => "/dev/vfio/vfio",
-            Self::VfioGroup => "/dev/vfio/N",
-        })
+        f.write_str(self.name())
     }
 }
 
 /// A file that is not what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{found} is not {kind}")]
+#[error("{found} is not {expected}")]
 pub struct WrongFile {
     found: String,
-    kind: FileKind,
+    expected: &'static str,
+}
+
+/// What a passed socket must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const SOCKET: &str = "a Unix stream socket that listens or is connected";
+/// What a descriptor for readiness must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const WRITABLE: &str = "a pipe or another file that can be written to";
+
+/// Whether a Unix stream socket listens, rather than being connected.
+#[cfg(feature = "daemon")]
+pub(super) fn listens(file: BorrowedFd<'_>) -> Result<bool, WrongFile> {
+    let wrong = |found: &str| WrongFile { found: found.to_owned(), expected: SOCKET };
+    let stat = fstat(file).map_err(|errno| wrong(&errno.to_string()))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Socket => (),
+        FileType::CharacterDevice => return Err(wrong("a character device")),
+        file_type => return Err(wrong(&format!("a {}", describe(file_type)))),
+    }
+    if sockopt::socket_domain(file) != Ok(AddressFamily::UNIX) {
+        return Err(wrong("a socket of another family"));
+    }
+    if sockopt::socket_type(file) != Ok(SocketType::STREAM) {
+        return Err(wrong("a Unix socket of another type"));
+    }
+    match (sockopt::socket_acceptconn(file), getpeername(file)) {
+        (Ok(true), _) => Ok(true),
+        (_, Ok(Some(_))) => Ok(false),
+        _ => Err(wrong("a socket that is neither")),
+    }
+}
+
+/// Makes sure that a file can be written to.
+#[cfg(feature = "daemon")]
+pub(super) fn check_writable(file: BorrowedFd<'_>) -> Result<(), WrongFile> {
+    let flags = fcntl_getfl(file).map_err(|errno| WrongFile { found: errno.to_string(), expected: WRITABLE })?;
+    if flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        return Ok(());
+    }
+    Err(WrongFile { found: "a file that can only be read".to_owned(), expected: WRITABLE })
 }
 
 /// The name of a character device's node below `/dev` and its place in sysfs; for anything else, what it is.

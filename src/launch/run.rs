@@ -3,14 +3,15 @@
 //! The daemon and QEMU, started together over the same files.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use super::directory::{Directory, DirectoryError};
 use super::inspect::inspect;
@@ -21,7 +22,7 @@ use crate::reserved::facts::{FactsError, FactsFile};
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::sysfs::{Sysfs, SysfsError};
 use crate::topology::viot::{self, PciFunctions, ViotError};
-use crate::vhost_user::{SocketError, make_room, socket_is_listened_on};
+use crate::vhost_user::{SocketError, make_room};
 
 /// How long the daemon may take until it listens.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -252,39 +253,51 @@ impl Launch {
         Ok(files)
     }
 
-    /// Starts the daemon and waits until it listens.
+    /// Starts the daemon and waits until QEMU can connect.
     fn start_daemon(&self, command: &[String]) -> Result<(), LaunchError> {
         let (log, socket) = (self.path("daemon.log"), self.path("iommu.sock"));
-        // One that a killed daemon left is no sign of this one.
+        // Whoever listens there is not this one.
         make_room(&socket)?;
         let output = File::create(&log).map_err(at(&log))?;
+        let (ready, told) = io::pipe().map_err(at(&self.daemon))?;
+        fcntl_setfd(&told, FdFlags::empty()).map_err(|errno| at(&self.daemon)(errno.into()))?;
         let mut child = Command::new(&self.daemon)
             .args(command.iter().skip(1))
             .arg("--exit-with-parent")
+            .arg(format!("--ready-fd={}", told.as_raw_fd()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(output)
             .spawn()
             .map_err(at(&self.daemon))?;
-        let deadline = Instant::now() + PATIENCE;
-        while !socket_is_listened_on(&socket) {
-            if has_ended(&mut child) || Instant::now() > deadline {
-                let _ = child.kill();
-                return Err(LaunchError::Daemon { daemon: self.daemon.clone(), log });
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        // So that the daemon's end is seen.
+        drop(told);
+        if is_told(ready) {
+            return Ok(());
         }
-        Ok(())
+        let _ = child.kill();
+        let _ = child.wait();
+        Err(LaunchError::Daemon { daemon: self.daemon.clone(), log })
+    }
+}
+
+/// Waits for the daemon to say that it is ready, which it does not if it ends.
+fn is_told(mut ready: PipeReader) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(0), tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&ready, PollFlags::IN)], Some(&left)) {
+            Err(Errno::INTR) => (),
+            Err(_) | Ok(0) => return false,
+            Ok(_) => return matches!(ready.read(&mut [0]), Ok(1)),
+        }
     }
 }
 
 fn vfio_node(sysfs: &Sysfs, device: PciAddress) -> Result<String, LaunchError> {
     let reason = format!("it is not bound to vfio-pci: `viommuctl check {device}` says what to do");
     sysfs.vfio_node(device)?.ok_or(LaunchError::NoFacts { device, reason })
-}
-
-fn has_ended(child: &mut Child) -> bool {
-    !matches!(child.try_wait(), Ok(None))
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> LaunchError {
@@ -304,6 +317,25 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    #[test]
+    fn a_daemon_is_waited_for_until_it_is_ready_or_gone() {
+        let place = tempfile::tempdir().unwrap();
+        let program = place.path().join("daemon");
+        let mut launch = Launch { daemon: "/bin/sh".into(), ..launch(Directory::Given(place.path().to_owned())) };
+        let start = |launch: &Launch, script: &str| {
+            // The last of its arguments is --ready-fd=N.
+            fs::write(&program, format!("for last; do :; done; fd=${{last#--ready-fd=}}; {script}")).unwrap();
+            launch.start_daemon(&[String::new(), program.display().to_string()])
+        };
+        let marker = place.path().join("marker");
+        start(&launch, &format!("touch {}; echo >/proc/$$/fd/$fd; sleep 1", marker.display())).unwrap();
+        assert!(marker.exists());
+        let error = start(&launch, "exit 3").unwrap_err();
+        assert!(matches!(error, LaunchError::Daemon { .. }), "{error}");
+        launch.daemon = "/nowhere".into();
+        assert!(matches!(start(&launch, ""), Err(LaunchError::File { .. })));
+    }
 
     fn launch(directory: Directory) -> Launch {
         Launch {

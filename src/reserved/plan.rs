@@ -286,7 +286,7 @@ fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
 }
 
 /// What the operator wants to offer at most.
-fn widest(policy: &Policy) -> IovaRange {
+pub(crate) fn widest(policy: &Policy) -> IovaRange {
     let last = match policy.max_address_width {
         Some(width) if width < 64 => (1 << width) - 1,
         _ => u64::MAX,

@@ -79,6 +79,8 @@ pub struct IommuBackend {
     has_daemon: AtomicBool,
     /// The library's event loop is to end.
     loop_ends: AtomicBool,
+    /// It was said that the frontend cannot be notified.
+    unnotified: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
@@ -124,8 +126,17 @@ impl IommuBackend {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         let watch = Mutex::new(Watch::new(options.polling, cpus));
         let (offered, memory) = (memory(), memory());
-        let (has_daemon, loop_ends) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { options, offered, memory, watch, state: Mutex::new(state), has_daemon, loop_ends, again })
+        Ok(Self {
+            options,
+            offered,
+            memory,
+            watch,
+            state: Mutex::new(state),
+            has_daemon: AtomicBool::new(false),
+            loop_ends: AtomicBool::new(false),
+            unnotified: AtomicBool::new(false),
+            again,
+        })
     }
 
     /// Guest memory as the frontend gave it last, for devices that are emulated in this process. To be loaded while translations
@@ -224,8 +235,12 @@ impl IommuBackend {
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
         // down. Between the steps of a large MAP whoever waits for the device has it first.
         MutexGuard::unlock_fair(state);
-        notify(handled.notify.then_some(requests));
-        notify(delivered.notify.then_some(events));
+        if handled.notify {
+            self.note_unnotified(requests.signal_used_queue());
+        }
+        if delivered.notify {
+            self.note_unnotified(events.signal_used_queue());
+        }
         let more = handled.more || delivered.more;
         if more {
             self.look_again();
@@ -258,6 +273,15 @@ impl IommuBackend {
     fn look_again(&self) {
         if self.again.1.notify().is_err() {
             error!("cannot go on with what is left in the rings: waiting for the driver's next kick");
+        }
+    }
+
+    /// Says once that the frontend cannot be notified: it can have that so for every batch.
+    fn note_unnotified(&self, signalled: io::Result<()>) {
+        if let Err(error) = signalled
+            && !self.unnotified.swap(true, Ordering::Relaxed)
+        {
+            debug!("the frontend cannot be notified: {error}");
         }
     }
 
@@ -316,12 +340,6 @@ impl IommuBackend {
             }
             Batch::default()
         })
-    }
-}
-
-fn notify(vring: Option<&Vring>) {
-    if let Some(Err(error)) = vring.map(VringT::signal_used_queue) {
-        debug!("the frontend cannot be notified: {error}");
     }
 }
 
@@ -488,8 +506,8 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        if let Some(Err(error)) = to_notify.map(|vring| vring.signal_without_waiting()) {
-            debug!("the frontend cannot be notified: {error}");
+        if let Some(vring) = to_notify {
+            self.note_unnotified(vring.signal_without_waiting());
         }
         Ok(())
     }

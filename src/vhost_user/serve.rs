@@ -2,7 +2,7 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,10 +19,13 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
+use super::incoming::{Incoming, IncomingError, Source};
 use super::nodes::{self, DeviceNode, NodeWatch};
+use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
-use super::socket::{SocketError, bind};
 use super::watcher::Watcher;
+use crate::fd::{AdoptError, adopt_writable};
+use crate::reserved::plan::Plan;
 
 /// How long the connection's thread has to end after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -35,7 +38,10 @@ pub enum ServeError {
     Setup(#[from] SetupError),
     /// The socket cannot be had.
     #[error(transparent)]
-    Socket(#[from] SocketError),
+    Incoming(#[from] IncomingError),
+    /// Whoever waits for this process cannot be told.
+    #[error("--ready-fd")]
+    Ready(#[source] AdoptError),
     /// Nobody would hold the devices after this process.
     #[error("cannot start a watcher for the devices")]
     Watcher(#[source] io::Error),
@@ -51,16 +57,30 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol.
+    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol. 5 is kept for a process that cannot be confined.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Setup(error) if error.is_usage() => 2,
             Self::Setup(_) => 3,
-            Self::Socket(SocketError::NotASocket(_) | SocketError::InUse(_)) => 2,
+            Self::Incoming(error) if error.is_usage() => 2,
+            Self::Ready(_) => 2,
             Self::Protocol(_) => 4,
-            Self::Socket(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
+            Self::Incoming(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
         }
     }
+}
+
+/// Checks all that can be checked without serving, and returns what the guest would be told. Nothing is changed, but the files that
+/// the arguments name are taken over.
+///
+/// # Errors
+///
+/// What [`serve`] would answer.
+pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
+    let (source, _ready) = take_passed(arguments)?;
+    let BuiltDevice { plan, .. } = build_device(arguments)?;
+    source.examine()?;
+    Ok(plan)
 }
 
 /// Sets the device up, serves one frontend, and blocks every endpoint when it is gone. For the program's `main` alone, after
@@ -74,20 +94,35 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
+    // Before the watcher, which must not hold them.
+    let (source, ready) = take_passed(arguments)?;
+    let readiness = Readiness::new(ready, ServiceManager::from_environment());
     // Before the files are adopted: it inherits them as they are.
     let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
     let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
     let watcher = Arc::new(Mutex::new(watcher));
-    let result = serve_watched(arguments, &watcher);
+    let result = serve_watched(arguments, source, readiness, &watcher);
     // What was to be let go was.
     drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
     result
 }
 
+/// Takes over the socket, and the file by which readiness is told.
+fn take_passed(arguments: &Arguments) -> Result<(Source, Option<File>), ServeError> {
+    let source = Source::find(arguments)?;
+    let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
+    Ok((source, ready))
+}
+
 type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
 
-fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), ServeError> {
-    let BuiltDevice { device, nodes } = build_device(arguments)?;
+fn serve_watched(
+    arguments: &Arguments,
+    source: Source,
+    readiness: Readiness,
+    watcher: &SharedWatcher,
+) -> Result<(), ServeError> {
+    let BuiltDevice { device, nodes, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
 
@@ -96,13 +131,15 @@ fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), S
     }
 
     let mut signals = Signals::new().map_err(ServeError::Events)?;
-    let listener = bind(&arguments.socket_path)?;
-    info!("listening on {}", arguments.socket_path.display());
-    let connected = signals.wait_for_frontend(&listener).map_err(ServeError::Events)?;
-    let result = if connected { serve_frontend(&backend, listener, signals) } else { Ok(()) };
-    // Nobody else can connect. That the socket is gone already is no failure.
-    let _ = fs::remove_file(&arguments.socket_path);
-    result
+    // A path that this process listens on is removed when this returns: nobody else can connect.
+    let Incoming { listener, leftover: _leftover } = source.open()?;
+    let manager = readiness.ready();
+    if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
+        serve_frontend(&backend, listener, signals, &manager)
+    } else {
+        manager.stopping();
+        Ok(())
+    }
 }
 
 /// Has endpoints removed whose devices the host wants back.
@@ -132,11 +169,17 @@ fn follow_parent() -> io::Result<()> {
     Ok(())
 }
 
-fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: Signals) -> Result<(), ServeError> {
+fn serve_frontend(
+    backend: &Arc<IommuBackend>,
+    listener: UnixListener,
+    signals: Signals,
+    manager: &ServiceManager,
+) -> Result<(), ServeError> {
     // Never dropped: that waits for the library's threads, which files of the frontend's may hold up. They end with the process.
     let mut daemon = ManuallyDrop::new(backend.daemon("vhost-user").map_err(ServeError::Daemon)?);
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
+    manager.serving();
     let ended = Arc::new(AtomicBool::new(false));
     if let Some(handle) = daemon.shutdown_handle() {
         let (stopped, ended) = (Arc::clone(backend), Arc::clone(&ended));
@@ -149,6 +192,7 @@ fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: 
     }
     let result = daemon.wait();
     ended.store(true, Ordering::Release);
+    manager.stopping();
     block_all(backend);
     match result {
         Ok(()) => info!("the connection is closed"),

@@ -21,7 +21,7 @@ use crate::range::IovaRange;
 use crate::reserved::facts::{FactsError, FactsFile};
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::plan::EndpointPlan;
-use crate::reserved::plan::{Plan, PlanError, Policy, plan};
+use crate::reserved::plan::{Plan, PlanError, Policy, plan, widest};
 use crate::reserved::report::reason_name;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 use crate::reserved::{HostFacts, Withheld};
@@ -29,6 +29,8 @@ use crate::spec;
 
 /// How many endpoints there can be: a byte tells the watcher which of them is gone, and its highest values are other words.
 const MOST_ENDPOINTS: usize = 254;
+/// How many bits of address the guest is offered if nobody says: what four levels of page tables translate.
+const DEFAULT_ADDRESS_WIDTH: u8 = 48;
 
 /// A device that cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -183,11 +185,13 @@ struct Assigned {
     facts: HostFacts,
 }
 
-/// A device, and where its endpoints' device files came from.
+/// A device, what its guest is told, and where its endpoints' device files came from.
 #[derive(Debug)]
 pub struct BuiltDevice {
     /// The device.
     pub device: VirtioIommu,
+    /// What the guest is told.
+    pub plan: Plan,
     /// The nodes, in the order of the arguments.
     pub nodes: Vec<DeviceNode>,
 }
@@ -211,7 +215,7 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
     check_distinct(assigned.iter().map(|assigned| (assigned.id, assigned.host)))?;
     check_groups(&sysfs, &assigned)?;
 
-    let policy = arguments.policy.policy();
+    let policy = policy(arguments);
     let known: Vec<_> = assigned.iter().map(|assigned| (assigned.id, assigned.facts.clone())).collect();
     check_width(&policy, &known)?;
     let plan = plan(&policy, &known)?;
@@ -220,14 +224,31 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
         log_plan(assigned, planned);
     }
     let settings = settings(arguments, &plan);
-    let endpoints = plan.endpoints.into_iter().map(|planned| (planned.id, planned.view)).collect();
+    if assigned.is_empty() {
+        let (range, granule) = (settings.input_range, settings.granule);
+        info!(
+            "no endpoint is given: the guest is offered {range} in pages of {granule} bytes, whatever is added later"
+        );
+    }
+    let endpoints = plan.endpoints.iter().map(|planned| (planned.id, planned.view.clone())).collect();
     let node = |assigned: &Assigned| DeviceNode { endpoint: assigned.id, name: assigned.node.clone() };
     let nodes = assigned.iter().map(node).collect();
     let groups = match iommufd {
         Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)?), assigned),
         None => Vec::new(),
     };
-    Ok(BuiltDevice { device: VirtioIommu::new(settings, endpoints, groups)?, nodes })
+    Ok(BuiltDevice { device: VirtioIommu::new(settings, endpoints, groups)?, plan, nodes })
+}
+
+/// The operator's policy. Without an endpoint to say how far addresses go, and without the operator, the guest is offered as many as
+/// most hosts have; what an endpoint that is added later cannot reach is then reserved for it.
+fn policy(arguments: &Arguments) -> Policy {
+    let mut policy = arguments.policy.policy();
+    if arguments.endpoint.is_empty() && policy.input_range.is_none() {
+        policy.max_address_width.get_or_insert(DEFAULT_ADDRESS_WIDTH);
+        policy.input_range = Some(widest(&policy));
+    }
+    policy
 }
 
 fn settings(arguments: &Arguments, plan: &Plan) -> Settings {

@@ -32,6 +32,39 @@ pub enum SocketError {
     },
 }
 
+/// What is at a path where a socket could be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Nothing.
+    Free,
+    /// A socket that nobody listens on, as far as the kernel's list tells.
+    Taken,
+}
+
+/// Looks whether a socket can be at a path, and touches nothing.
+///
+/// # Errors
+///
+/// [`SocketError`]
+pub(super) fn examine(path: &Path) -> Result<(), SocketError> {
+    look(path).map(drop)
+}
+
+fn look(path: &Path) -> Result<Place, SocketError> {
+    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            fs::metadata(parent).map_err(failed)?;
+            Ok(Place::Free)
+        }
+        Err(error) => Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) if is_listened_on(path) => Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => Ok(Place::Taken),
+    }
+}
+
 /// Listens on a path, with access for the owner only. The socket is known by its absolute path, if that is not too long, so that
 /// whoever looks for it in the kernel's list finds it.
 ///
@@ -50,17 +83,14 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
 /// [`SocketError`]; whatever else is at the path is left alone.
 pub(crate) fn make_room(path: &Path) -> Result<(), SocketError> {
     let failed = |source| SocketError::Io { path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+    if look(path)? == Place::Free {
+        return Ok(());
+    }
+    // By nobody that this process can see. Connecting tells for sure.
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
         Err(error) => Err(failed(error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) if is_listened_on(path) => Err(SocketError::InUse(path.to_owned())),
-        // By nobody that this process can see. Connecting tells for sure.
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
-            Err(error) => Err(failed(error)),
-            Ok(_) => Err(SocketError::InUse(path.to_owned())),
-        },
+        Ok(_) => Err(SocketError::InUse(path.to_owned())),
     }
 }
 
@@ -81,7 +111,7 @@ fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
 /// Whether somebody listens there, as far as the kernel's list tells. It is asked first because connecting would take the
 /// place of the one frontend that a daemon waits for. Of another program, it does not find a socket that was bound by a
 /// relative path which is not the one that is asked for, nor one in another network namespace.
-pub(crate) fn is_listened_on(path: &Path) -> bool {
+fn is_listened_on(path: &Path) -> bool {
     // include/uapi/linux/net.h
     const SO_ACCEPTCON: u32 = 1 << 16;
     let Ok(list) = fs::read("/proc/net/unix") else {
