@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileExt;
@@ -178,7 +179,14 @@ impl Run {
         };
         let is_memory = matches!(code, SET_MEM_TABLE | ADD_MEM_REG) != step.wrong_files;
         let file = if is_memory { self.memory.as_raw_fd() } else { self.event.as_raw_fd() };
-        self.send(code, claimed, &body, &vec![file; count]) && self.is_heard()
+        if !self.send(code, claimed, &body, &vec![file; count]) {
+            return false;
+        }
+        if claimed as usize > body.len() {
+            // What follows can be taken for the rest of it, and what follows that be waited for: nothing does.
+            self.stream.shutdown(Shutdown::Write).expect("a connection");
+        }
+        self.is_heard()
     }
 
     fn send(&self, code: u32, length: u32, body: &[u8], files: &[RawFd]) -> bool {
