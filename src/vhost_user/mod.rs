@@ -12,6 +12,7 @@ mod backend;
 mod daemon;
 #[cfg(feature = "daemon")]
 mod nodes;
+mod operator;
 mod restart;
 #[cfg(feature = "daemon")]
 mod serve;
