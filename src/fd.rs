@@ -6,11 +6,11 @@
 mod kind;
 
 #[cfg(any(feature = "iommufd", feature = "type1"))]
-pub use kind::{FileKind, WrongFile};
+pub use kind::{FileKind, VfioMajor, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
-pub(crate) use passed::{Adopted, adopt, close_inherited};
+pub(crate) use passed::{Adopted, adopt, adopt_listener, close_inherited};
 
 /// Another descriptor of a file that is known by its number only.
 ///
@@ -33,11 +33,13 @@ mod passed {
     #![allow(unsafe_code)]
 
     use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+    use std::os::unix::net::UnixListener;
     use std::path::PathBuf;
     use std::sync::Mutex;
 
     use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
+    use super::kind::{LISTENER, check_listener};
     use super::{FileKind, WrongFile};
 
     /// A file that was adopted.
@@ -56,14 +58,14 @@ mod passed {
     pub enum AdoptError {
         /// Standard input, output and error are not passed for this.
         #[error("fd {0} is standard input, output or error: pass {1} by a number above 2")]
-        Standard(RawFd, FileKind),
+        Standard(RawFd, &'static str),
         /// Nothing is open there.
-        #[error("fd {number} is not open: open {kind} and let this process inherit it")]
+        #[error("fd {number} is not open: open {expected} and let this process inherit it")]
         NotOpen {
             /// The number.
             number: RawFd,
             /// What was expected.
-            kind: FileKind,
+            expected: &'static str,
             /// What the kernel said.
             source: std::io::Error,
         },
@@ -90,25 +92,43 @@ mod passed {
     ///
     /// [`AdoptError`]; the file is left alone.
     pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
+        let (file, (node, sysfs)) = take_over(number, kind.name(), |file| kind.check(file))?;
+        Ok(Adopted { file, node, sysfs })
+    }
+
+    /// Takes over a Unix stream socket that listens, as [`adopt`].
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the file is left alone.
+    pub(crate) fn adopt_listener(number: RawFd) -> Result<UnixListener, AdoptError> {
+        take_over(number, LISTENER, |file| check_listener(file)).map(|(file, ())| file.into())
+    }
+
+    fn take_over<T>(
+        number: RawFd,
+        expected: &'static str,
+        check: impl FnOnce(&BorrowedFd<'_>) -> Result<T, WrongFile>,
+    ) -> Result<(OwnedFd, T), AdoptError> {
         if number <= 2 {
-            return Err(AdoptError::Standard(number, kind));
+            return Err(AdoptError::Standard(number, expected));
         }
         let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // SAFETY: nothing but the number is used: if it is not open, or the kernel has it closed meanwhile, the calls below
         // fail with EBADF.
         let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
-        let not_open = |errno: Errno| AdoptError::NotOpen { number, kind, source: errno.into() };
+        let not_open = |errno: Errno| AdoptError::NotOpen { number, expected, source: errno.into() };
         // A file that came through exec has the flag cleared; every file that Rust code opens, and every one that was
         // adopted, has it set. So nobody in this process owns what passes here.
         if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
             return Err(AdoptError::NotInherited(number));
         }
-        let (node, sysfs) = kind.check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
+        let found = check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
         // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
         // keeps it from being adopted again.
         let file = unsafe { OwnedFd::from_raw_fd(number) };
-        Ok(Adopted { file, node, sysfs })
+        Ok((file, found))
     }
 
     /// Closes every file that this process inherited but standard input, output and error, and those that were adopted. To be
@@ -151,6 +171,28 @@ mod passed {
             assert!(text(1_000_000).contains("not open"));
             assert!(text(inherited("/")).contains("a directory is not /dev/iommu"));
             assert!(text(inherited("/dev/null")).contains("/dev/null is not /dev/iommu"));
+        }
+
+        #[test]
+        fn only_a_socket_that_listens_is_adopted_as_one() {
+            let of = |socket: OwnedFd| {
+                fcntl_setfd(&socket, FdFlags::empty()).unwrap();
+                adopt_listener(socket.into_raw_fd())
+            };
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("socket");
+            let adopted = of(UnixListener::bind(&path).unwrap().into()).unwrap();
+            assert_eq!(adopted.local_addr().unwrap().as_pathname(), Some(path.as_path()));
+            for (socket, found) in [
+                (File::open("/dev/null").unwrap().into(), "a file without a device"),
+                (std::os::unix::net::UnixStream::pair().unwrap().0.into(), "a socket that does not listen"),
+                (std::os::unix::net::UnixDatagram::unbound().unwrap().into(), "another kind of socket"),
+                (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), "another kind of socket"),
+            ] {
+                let error = of(socket).unwrap_err();
+                let cause = std::error::Error::source(&error).unwrap().to_string();
+                assert!(cause.contains(found), "{cause}");
+            }
         }
 
         #[test]

@@ -15,10 +15,12 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     env_logger::Builder::new()
-        .filter_level(arguments.log_level)
+        // How much is logged can be changed later, and is decided before this is asked.
+        .filter_level(LevelFilter::Trace)
         // What it logs is the guest's doing, line by line; the device counts it and says what matters.
         .filter_module("virtio_queue", LevelFilter::Off)
         .init();
+    log::set_max_level(arguments.log_level);
     match serve(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use clap::{Parser, ValueEnum};
 
 use super::backend::OnStop;
+use crate::control::Place;
 use crate::id::{EndpointId, PciAddress};
 use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
@@ -25,6 +26,15 @@ pub struct Arguments {
     /// is replaced.
     #[arg(long, value_name = "PATH")]
     pub socket_path: PathBuf,
+
+    /// Path of a control socket, for viommuctl: what there is, and adding and removing devices while the guest runs. It is created,
+    /// with access for its owner only, in a directory that nobody else can write to; one that is not there is created.
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+
+    /// Number of an inherited Unix stream socket that listens, to be the control socket.
+    #[arg(long, value_name = "FD", conflicts_with = "control_path")]
+    pub control_fd: Option<RawFd>,
 
     /// Number of the inherited /dev/iommu.
     #[arg(long, value_name = "FD")]
@@ -83,6 +93,13 @@ pub struct Arguments {
     /// How much to log: error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: log::LevelFilter,
+}
+
+impl Arguments {
+    /// Where the control socket is to be, if there is to be one.
+    pub(super) fn control_place(&self) -> Option<Place<'_>> {
+        self.control_path.as_deref().map(Place::Path).or(self.control_fd.map(Place::Fd))
+    }
 }
 
 /// A switch.

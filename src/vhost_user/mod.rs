@@ -30,8 +30,6 @@ pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
 pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
-pub use nodes::DeviceNode;
-#[cfg(feature = "daemon")]
 pub use serve::{ServeError, serve};
 #[cfg(feature = "daemon")]
 pub use setup::{BuiltDevice, SetupError, build_device};

@@ -5,8 +5,9 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use log::{error, info, warn};
@@ -18,10 +19,11 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
-use super::nodes::{self, DeviceNode, NodeWatch};
+use super::nodes::{self, NodeWatch};
 use super::setup::{BuiltDevice, SetupError, build_device};
 use super::socket::{SocketError, bind};
 use super::watcher::Watcher;
+use crate::control::{ControlServer, DeviceFiles, Keeper, Limits, ListenError, Pluggable, Registry, VfioFiles, listen};
 
 /// How long the connection's thread has to end after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -35,6 +37,12 @@ pub enum ServeError {
     /// The socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The control socket cannot be had.
+    #[error("control socket: {0}")]
+    Listen(#[from] ListenError),
+    /// The control socket cannot be served.
+    #[error("cannot serve the control socket")]
+    Control(#[source] io::Error),
     /// Nobody would hold the devices after this process.
     #[error("cannot start a watcher for the devices")]
     Watcher(#[source] io::Error),
@@ -57,7 +65,13 @@ impl ServeError {
             Self::Setup(_) => 3,
             Self::Socket(SocketError::NotASocket(_) | SocketError::InUse(_)) => 2,
             Self::Protocol(_) => 4,
-            Self::Socket(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
+            Self::Listen(error) if error.is_usage() => 2,
+            Self::Socket(_)
+            | Self::Listen(_)
+            | Self::Control(_)
+            | Self::Watcher(_)
+            | Self::Events(_)
+            | Self::Daemon(_) => 1,
         }
     }
 }
@@ -71,49 +85,81 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
-    // Before the files are adopted: it inherits them as they are.
-    let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
-    let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
-    let watcher = Arc::new(Mutex::new(watcher));
-    let result = serve_watched(arguments, &watcher);
-    // What was to be let go was.
-    drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
+    let control = arguments.control_place().map(listen).transpose()?;
+    let result = serve_controlled(arguments, control);
+    if let Some(path) = &arguments.control_path {
+        // That it is gone already is no failure.
+        let _ = fs::remove_file(path);
+    }
     result
 }
 
-type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
+fn serve_controlled(arguments: &Arguments, control: Option<UnixListener>) -> Result<(), ServeError> {
+    // Before the files are adopted: it inherits them as they are.
+    let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
+    let is_needed = !files.is_empty() || control.is_some() && arguments.iommufd_fd.is_some();
+    let watcher = is_needed.then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
 
-fn serve_watched(arguments: &Arguments, watcher: &SharedWatcher) -> Result<(), ServeError> {
-    let BuiltDevice { device, nodes } = build_device(arguments)?;
+    let BuiltDevice { device, endpoints, iommufd } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
+    let pluggable = Pluggable {
+        files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
+        keeper: watcher.map(|watcher| Box::new(watcher) as Box<dyn Keeper>),
+        policy: arguments.policy.clone(),
+        directory: nodes::DIRECTORY.into(),
+    };
+    let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
+    let result = serve_endpoints(arguments, &backend, &registry, control);
+    // What was to be let go was.
+    registry.close();
+    result
+}
 
-    if !nodes.is_empty() {
-        watch_nodes(nodes, &backend, watcher).map_err(ServeError::Events)?;
+fn serve_endpoints(
+    arguments: &Arguments,
+    backend: &Arc<IommuBackend>,
+    registry: &Arc<Registry>,
+    control: Option<UnixListener>,
+) -> Result<(), ServeError> {
+    let can_add = control.is_some();
+    if !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists() {
+        watch_nodes(registry, can_add).map_err(ServeError::Events)?;
     }
-
     let mut signals = Signals::new().map_err(ServeError::Events)?;
     let listener = bind(&arguments.socket_path)?;
+    if let Some(control) = control {
+        serve_control(control, registry).map_err(ServeError::Control)?;
+    }
     info!("listening on {}", arguments.socket_path.display());
     let connected = signals.wait_for_frontend(&listener).map_err(ServeError::Events)?;
-    let result = if connected { serve_frontend(&backend, listener, signals) } else { Ok(()) };
+    let result = if connected { serve_frontend(backend, listener, signals) } else { Ok(()) };
     // Nobody else can connect. That the socket is gone already is no failure.
     let _ = fs::remove_file(&arguments.socket_path);
     result
 }
 
-/// Has endpoints removed whose devices the host wants back.
-fn watch_nodes(nodes: Vec<DeviceNode>, backend: &Arc<IommuBackend>, watcher: &SharedWatcher) -> io::Result<()> {
-    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref(), nodes)?;
-    let (backend, watcher) = (Arc::clone(backend), Arc::clone(watcher));
-    let remove = move |place, node: &DeviceNode| {
-        warn!("endpoint {}: the host takes its device back (/dev/{} is gone)", node.endpoint, node.name);
-        backend.remove_endpoint(node.endpoint);
-        if let Some(watcher) = watcher.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            watcher.release(place);
-        }
+fn serve_control(listener: UnixListener, registry: &Arc<Registry>) -> io::Result<()> {
+    let server = ControlServer::new(listener, Arc::clone(registry), Limits::default())?;
+    std::thread::Builder::new().name("control".to_owned()).spawn(move || server.run())?;
+    Ok(())
+}
+
+/// Has endpoints removed whose devices the host wants back; for ever, if more can be added.
+fn watch_nodes(registry: &Arc<Registry>, can_add: bool) -> io::Result<()> {
+    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref())?;
+    registry.set_watched(true);
+    let registry = Arc::clone(registry);
+    let looking = Arc::clone(&registry);
+    let look = move || {
+        looking.remove_those_gone();
+        can_add || !looking.is_empty()
     };
-    std::thread::Builder::new().name("nodes".to_owned()).spawn(move || watch.watch(remove))?;
+    let watching = move || {
+        watch.watch(look);
+        registry.set_watched(false);
+    };
+    std::thread::Builder::new().name("nodes".to_owned()).spawn(watching)?;
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon's socket: for its owner only, and in place of nothing but a socket that is dead.
+//! The daemon's sockets: for their owner only, and in place of nothing but a socket that is dead.
 
 use std::fs;
 use std::io;
@@ -15,10 +15,10 @@ use rustix::process::umask;
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Something that is no socket is there.
-    #[error("{} exists and is not a socket: it is left alone; remove it or choose another --socket-path", .0.display())]
+    #[error("{} exists and is not a socket: it is left alone; remove it or choose another path", .0.display())]
     NotASocket(PathBuf),
     /// Somebody listens there.
-    #[error("{} is in use by another process: stop it or choose another --socket-path", .0.display())]
+    #[error("{} is in use by another process: stop it or choose another path", .0.display())]
     InUse(PathBuf),
     /// It cannot be made or examined.
     #[error("cannot listen on {}", .path.display())]

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::VfioDeviceFile;
 use super::api::VfioDeviceApi;
 use super::ioas::{Ioas, Iommufd, failed};
-use crate::fd::{FileKind, WrongFile};
+use crate::fd::{FileKind, VfioMajor, WrongFile};
 use crate::host::{Constraints, HostError, HostErrorKind, IoPageTable};
 
 /// How long an attach waits for a device that is being reset.
@@ -33,6 +33,16 @@ impl VfioDevice {
     /// It is something else.
     pub fn new(file: OwnedFd, name: String) -> Result<Self, WrongFile> {
         FileKind::VfioDevice.check(&file)?;
+        Ok(Self::over(Box::new(VfioDeviceFile { file }), name))
+    }
+
+    /// Takes an open `/dev/vfio/devices/vfioN`, and a name for messages. Only the file itself is looked at.
+    ///
+    /// # Errors
+    ///
+    /// It is something else.
+    pub fn of_major(file: OwnedFd, major: VfioMajor, name: String) -> Result<Self, WrongFile> {
+        major.check(&file)?;
         Ok(Self::over(Box::new(VfioDeviceFile { file }), name))
     }
 
