@@ -159,7 +159,7 @@ struct RunArguments {
     /// How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most 8. The daemon then has a control
     /// socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: 00:10.0
     /// and on, and no other bridges before them.
-    #[arg(long, value_name = "N", num_args = 0..=1, default_value_t = 0, default_missing_value = "4",
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_value_t = 0, default_missing_value = "4",
         value_parser = clap::value_parser!(u8).range(0..=8))]
     hotplug: u8,
     /// Do nothing, and print the lines that a shell could run instead.

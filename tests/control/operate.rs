@@ -146,3 +146,15 @@ fn limits_that_are_not_granted_are_an_exit_code() {
     assert!(code == 0 && output.contains("16K"), "{output}{said}");
     assert_eq!(run(&mut viommuctl(&["memlock", "--memory", "1G", "--page", "0"])).0, 2);
 }
+
+#[test]
+fn the_number_of_ports_is_not_taken_for_a_device() {
+    // There is no such device: what is said against it shows that it was taken for one.
+    for hotplug in ["--hotplug", "--hotplug=2"] {
+        let (code, _, said) =
+            run(&mut viommuctl(&["run", hotplug, "ffff:ff:1f.7", "--print", "--", "qemu", "-m", "1G"]));
+        assert!(code == 3 && said.contains("ffff:ff:1f.7"), "{hotplug}: {code}: {said}");
+    }
+    let (code, _, said) = run(&mut viommuctl(&["run", "--hotplug=9", "ffff:ff:1f.7", "--", "qemu"]));
+    assert!(code == 2 && said.contains("0..=8"), "{said}");
+}

@@ -34,7 +34,7 @@ impl Drop for Guest {
 impl Guest {
     fn boot(disk: PciAddress) -> Self {
         let mut vmm = Command::new("/bin/viommuctl")
-            .args(["run", &disk.to_string(), "--hotplug", "2", "--directory", DIRECTORY, "--", "/vmm/run"])
+            .args(["run", &disk.to_string(), "--hotplug=2", "--directory", DIRECTORY, "--", "/vmm/run"])
             .args(MACHINE)
             // The guest's kernel has the hot-plug of PCI Express, and not that of ACPI.
             .args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"])
