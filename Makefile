@@ -5,10 +5,45 @@ CARGO ?= cargo
 FEATURES = queue iommufd type1 translate test-utils
 LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
-.PHONY: all quick demo test check unit model hostvm features conformance bench bench-docs felt fuzz fuzz-smoke soak sanitize
+.PHONY: all install uninstall package msrv reproducible quick demo test check unit model hostvm features conformance bench
+.PHONY: bench-docs felt fuzz fuzz-smoke campaign mutants agreement soak sanitize
 
+# Where `make install` puts things, each after DESTDIR. For systemd to find the units: unitdir=/usr/lib/systemd/system
+prefix ?= /usr/local
+bindir ?= $(prefix)/bin
+datadir ?= $(prefix)/share
+docdir ?= $(datadir)/doc/virtio-iommu
+unitdir ?= $(docdir)/systemd
+# Where the programs are.
+BUILD ?= target/release
+CARGO_HOME ?= $(HOME)/.cargo
+
+# The programs, with nothing in them of where they were built.
 all:
-	$(CARGO) build --release
+	RUSTFLAGS="$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=/virtio-iommu --remap-path-prefix=$(CARGO_HOME)=/cargo" \
+		$(CARGO) build --release --locked --bins
+
+install uninstall: export DESTDIR := $(DESTDIR)
+install uninstall: export BUILD := $(BUILD)
+install uninstall: export bindir := $(bindir)
+install uninstall: export datadir := $(datadir)
+install uninstall: export docdir := $(docdir)
+install uninstall: export unitdir := $(unitdir)
+install uninstall:
+	@sh dist/install $@
+
+# What a registry would get: all there, and builds.
+package:
+	@$(CARGO) package --locked
+	@echo "package: OK"
+
+# With the oldest compiler that is promised.
+msrv:
+	@sh dist/msrv
+
+# The last commit, built in two places: the same bytes.
+reproducible:
+	@sh dist/reproducible
 
 # The device and one behind it beside an unmodified QEMU with a stock Debian kernel: no KVM, no IOMMU and no kernel to build.
 quick:
@@ -33,7 +68,7 @@ check:
 	@sh tests/bare-dependencies
 	@$(MAKE) --no-print-directory features
 
-# Every combination of features builds without a warning.
+# Combinations of features build without a warning: see the script.
 features:
 	@sh tests/feature-combinations "$(FEATURES)" "$(LEAF_FEATURES)"
 
@@ -91,10 +126,20 @@ fuzz-smoke:
 	@$(CARGO) test --quiet --manifest-path fuzz/inputs/Cargo.toml
 	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),20,$(SECONDS))
 
-# The stress test of translations under the thread sanitizer; needs a nightly compiler with rust-src. The standard library is built
-# too: without that its locks would not be known, and what they guard would look like races.
+# Every fuzz target, or those named in TARGETS, for so many seconds each, and what is found kept: needs what fuzz does.
+campaign:
+	@fuzz/campaign $(SECONDS) $(TARGETS)
+
+# Whether the tests notice changes to the code of a room, ROOM=device say, or to every fifth place in it, PART=1/5: needs cargo-mutants.
+mutants:
+	@tests/mutants $(ROOM) $(PART)
+
+# Debug and release builds answer alike, in so many sequences of operations.
+CASES ?= 1024
+agreement:
+	@tests/agreement $(CASES)
+
+# The tests that need no host under a sanitizer, SANITIZER=address or thread; needs a nightly compiler with rust-src.
+SANITIZER ?= thread
 sanitize:
-	@RUSTFLAGS=-Zsanitizer=thread SOAK_SECONDS=$(SECONDS) $(CARGO) +nightly test -Zbuild-std --target x86_64-unknown-linux-gnu \
-		--target-dir target/sanitize --no-default-features --features translate,test-utils --lib \
-		-- --nocapture stress::nothing_is_touched
-	@echo "sanitize: OK"
+	@tests/sanitize $(SANITIZER)

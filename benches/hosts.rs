@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_iommu::access::Access;
-use virtio_iommu::host::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError, UnmapError};
+use virtio_iommu::host::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError};
 use virtio_iommu::id::EndpointId;
 use virtio_iommu::memory::HostSegment;
 use virtio_iommu::range::{IovaRange, RangeSet};
@@ -65,7 +65,7 @@ impl IoPageTable for PrivateTable {
         Ok(())
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         Ok(iova.length().unwrap())
     }
 
@@ -132,7 +132,7 @@ impl IoPageTable for CountedTable {
         self.table.map(iova, to, access)
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         self.calls.change();
         self.table.unmap(iova)
     }

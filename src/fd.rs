@@ -10,7 +10,7 @@ pub use kind::{FileKind, VfioMajor, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
-pub(crate) use passed::{Adopted, adopt, adopt_listener, close_inherited};
+pub(crate) use passed::{Adopted, PassedSocket, adopt, adopt_listener, adopt_socket, adopt_writable, close_inherited};
 
 /// Another descriptor of a file that is known by its number only.
 ///
@@ -32,14 +32,15 @@ mod passed {
     // Adopting a passed descriptor.
     #![allow(unsafe_code)]
 
+    use std::fs::File;
     use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::PathBuf;
     use std::sync::Mutex;
 
     use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
-    use super::kind::{LISTENER, check_listener};
+    use super::kind::{LISTENER, SOCKET, WRITABLE, check_listens, check_writable, listens};
     use super::{FileKind, WrongFile};
 
     /// A file that was adopted.
@@ -51,6 +52,15 @@ mod passed {
         pub node: String,
         /// Where sysfs describes the device.
         pub sysfs: PathBuf,
+    }
+
+    /// A socket that was adopted.
+    #[derive(Debug)]
+    pub(crate) enum PassedSocket {
+        /// Others connect to it.
+        Listening(UnixListener),
+        /// Somebody is at the other end.
+        Connected(UnixStream),
     }
 
     /// A number that is no usable file.
@@ -92,23 +102,45 @@ mod passed {
     ///
     /// [`AdoptError`]; the file is left alone.
     pub(crate) fn adopt(number: RawFd, kind: FileKind) -> Result<Adopted, AdoptError> {
-        let (file, (node, sysfs)) = take_over(number, kind.name(), |file| kind.check(file))?;
+        let (file, (node, sysfs)) = take_over(number, kind.name(), |file| kind.check(&file))?;
         Ok(Adopted { file, node, sysfs })
     }
 
-    /// Takes over a Unix stream socket that listens, as [`adopt`].
+    /// Takes over a Unix stream socket, as [`adopt`] does a device's file.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the socket is left alone.
+    pub(crate) fn adopt_socket(number: RawFd) -> Result<PassedSocket, AdoptError> {
+        let (socket, listens) = take_over(number, SOCKET, listens)?;
+        Ok(if listens { PassedSocket::Listening(socket.into()) } else { PassedSocket::Connected(socket.into()) })
+    }
+
+    /// Takes over a file that can be written to, as [`adopt`] does a device's file.
     ///
     /// # Errors
     ///
     /// [`AdoptError`]; the file is left alone.
-    pub(crate) fn adopt_listener(number: RawFd) -> Result<UnixListener, AdoptError> {
-        take_over(number, LISTENER, |file| check_listener(file)).map(|(file, ())| file.into())
+    pub(crate) fn adopt_writable(number: RawFd) -> Result<File, AdoptError> {
+        let (file, ()) = take_over(number, WRITABLE, check_writable)?;
+        Ok(file.into())
     }
 
+    /// Takes over a Unix stream socket that listens, as [`adopt`] does a device's file.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the socket is left alone.
+    pub(crate) fn adopt_listener(number: RawFd) -> Result<UnixListener, AdoptError> {
+        let (socket, ()) = take_over(number, LISTENER, check_listens)?;
+        Ok(socket.into())
+    }
+
+    /// Takes over a file for which a check holds, and returns what that found.
     fn take_over<T>(
         number: RawFd,
         expected: &'static str,
-        check: impl FnOnce(&BorrowedFd<'_>) -> Result<T, WrongFile>,
+        check: impl FnOnce(BorrowedFd<'_>) -> Result<T, WrongFile>,
     ) -> Result<(OwnedFd, T), AdoptError> {
         if number <= 2 {
             return Err(AdoptError::Standard(number, expected));
@@ -123,7 +155,7 @@ mod passed {
         if fcntl_getfd(borrowed).map_err(not_open)?.contains(FdFlags::CLOEXEC) {
             return Err(AdoptError::NotInherited(number));
         }
-        let found = check(&borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
+        let found = check(borrowed).map_err(|source| AdoptError::WrongFile { number, source })?;
         fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(not_open)?;
         // SAFETY: the descriptor is open and was inherited, so nothing in this process owns it; the flag that was just set
         // keeps it from being adopted again.
@@ -138,10 +170,10 @@ mod passed {
         let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let numbers: Vec<RawFd> = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
         for number in numbers.into_iter().filter(|number| *number > 2) {
-            // SAFETY: as in `adopt`.
+            // SAFETY: as in `take_over`.
             let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
             if fcntl_getfd(borrowed).is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
-                // SAFETY: as in `adopt`: it was inherited, so nothing in this process owns it.
+                // SAFETY: as in `take_over`: it was inherited, so nothing in this process owns it.
                 drop(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }

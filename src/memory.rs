@@ -93,7 +93,7 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// [`MemoryError::Region`]
+    /// [`MemoryError::Region`], [`MemoryError::Overlap`]
     pub fn in_software(ranges: &[(GuestAddress, u64)]) -> Result<Self, MemoryError> {
         let regions: Result<_, _> = ranges.iter().map(|&(start, length)| RamRegion::new(start, length, None)).collect();
         Self::from_regions(regions?)
@@ -151,7 +151,7 @@ impl GuestRam {
     }
 
     /// Whether both are the same RAM: the same addresses, each backed by the same memory.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         let pairs = self.regions.iter().zip(other.regions.iter());
         self.regions.len() == other.regions.len() && pairs.into_iter().all(|(a, b)| a.whole().is_same(&b.whole()))
     }
@@ -220,7 +220,7 @@ impl HostSegment {
     }
 
     /// Whether both are the same guest addresses backed by the same memory.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         let same_host = match (&self.host, &other.host) {
             (None, None) => true,
             (Some(a), Some(b)) => a.is_same(b),

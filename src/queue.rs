@@ -118,6 +118,7 @@ impl Requests {
         budget: usize,
         kicks: bool,
     ) -> Result<Batch, QueueError> {
+        check_ready(queue)?;
         let (batch, notify) = Ring::for_batch(queue, memory, |ring| self.serve(device, ring, budget, kicks))?;
         Ok(Batch { notify, ..batch })
     }
@@ -133,10 +134,8 @@ impl Requests {
         let mut rounds = 0;
         ring.disable_kicks()?;
         loop {
-            // A driver that moves its index to and fro gets as many rounds as one that sends requests.
-            rounds += 1;
             while self.unfinished.is_some() || ring.available()? > 0 {
-                if batch.handled == budget || rounds > budget || !self.step(device, ring)? {
+                if batch.handled == budget || !self.step(device, ring)? {
                     batch.more = true;
                     return Ok(batch);
                 }
@@ -151,11 +150,18 @@ impl Requests {
             if ring.available()? == 0 {
                 return Ok(batch);
             }
+            // A driver that moves its index to and fro gets as many rounds as one that sends requests.
+            rounds += 1;
+            if rounds >= budget {
+                batch.more = true;
+                return Ok(batch);
+            }
             ring.disable_kicks()?;
         }
     }
 
-    /// Completes the request that is under way, if any, before the queue stops. Whether the driver is to be notified.
+    /// Completes the request that is under way, if any, when the queue stops, be it ready still or no more. Whether the driver is to be
+    /// notified.
     ///
     /// # Errors
     ///
@@ -203,6 +209,10 @@ impl Requests {
     }
 }
 
+fn check_ready<Q: QueueT>(queue: &Q) -> Result<(), QueueError> {
+    if queue.ready() { Ok(()) } else { Err(QueueError::NotReady) }
+}
+
 /// Whether there is something to [process](Requests::process) in a request queue. Cheap enough to be asked over and over.
 pub fn has_requests<Q: QueueT, M: GuestMemory>(queue: &Q, memory: &M) -> bool {
     // What is wrong with the queue is found by whoever processes it.
@@ -212,7 +222,8 @@ pub fn has_requests<Q: QueueT, M: GuestMemory>(queue: &Q, memory: &M) -> bool {
 /// Gives the guest the fault events that wait, as far as it has provided buffers, of which no more than `budget` are
 /// returned.
 ///
-/// Linux provides its buffers without a kick: call this whenever there are faults.
+/// Linux provides its first buffers without a kick: call this whenever there are faults. Where more faults than buffers were there, a
+/// kick is asked for.
 ///
 /// # Errors
 ///
@@ -223,6 +234,7 @@ pub fn deliver_faults<Q: QueueT, M: GuestMemory>(
     memory: &M,
     budget: usize,
 ) -> Result<Batch, QueueError> {
+    check_ready(queue)?;
     let (batch, notify) = Ring::for_batch(queue, memory, |ring| serve_faults(device, ring, budget))?;
     Ok(Batch { notify, ..batch })
 }
@@ -236,7 +248,11 @@ fn serve_faults<M: GuestMemory>(
     let mut chain = Chain::default();
     while let Some(fault) = device.first_fault().copied() {
         if ring.available()? == 0 {
-            break;
+            // The event waits for the driver to come with a buffer.
+            ring.enable_kicks()?;
+            if ring.available()? == 0 {
+                break;
+            }
         }
         if batch.handled == budget {
             batch.more = true;

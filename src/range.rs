@@ -104,7 +104,7 @@ pub enum ParseRangeError {
 /// # Errors
 ///
 /// [`ParseRangeError::Address`] if the text has anything else in it or does not fit 64 bits.
-pub fn parse_address(text: &str) -> Result<u64, ParseRangeError> {
+pub(crate) fn parse_address(text: &str) -> Result<u64, ParseRangeError> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     // from_str_radix would take a sign.
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -157,18 +157,16 @@ impl RangeSet {
 
     /// Adds all addresses of a range.
     pub fn insert(&mut self, range: IovaRange) {
-        let mut start = range.start;
-        let mut last = range.last;
-        self.ranges.retain(|old| {
-            let touches = old.start <= last.saturating_add(1) && start <= old.last.saturating_add(1);
-            if touches {
-                start = start.min(old.start);
-                last = last.max(old.last);
-            }
-            !touches
-        });
-        let at = self.ranges.partition_point(|old| old.start < start);
-        self.ranges.insert(at, IovaRange { start, last });
+        // Those that overlap or touch it stand together.
+        let first = self.ranges.partition_point(|old| old.last.checked_add(1).is_some_and(|next| next < range.start));
+        let behind = range
+            .last
+            .checked_add(1)
+            .map_or(self.ranges.len(), |next| self.ranges.partition_point(|old| old.start <= next));
+        let touched = self.ranges.get(first..behind).unwrap_or_default();
+        let start = touched.first().map_or(range.start, |old| old.start.min(range.start));
+        let last = touched.last().map_or(range.last, |old| old.last.max(range.last));
+        self.ranges.splice(first..behind, [IovaRange { start, last }]);
     }
 
     /// The addresses that are in either set.
@@ -180,34 +178,37 @@ impl RangeSet {
     /// The addresses that are in this set and not in the other.
     #[must_use]
     pub fn subtract(&self, other: &Self) -> Self {
-        let mut left = self.ranges.clone();
-        for hole in &other.ranges {
-            let mut next = Vec::with_capacity(left.len() + 1);
-            for range in left {
-                if !range.overlaps(*hole) {
-                    next.push(range);
-                    continue;
-                }
-                if let Some(before) = hole.start.checked_sub(1) {
-                    next.extend(IovaRange::new(range.start, before));
-                }
-                if let Some(after) = hole.last.checked_add(1) {
-                    next.extend(IovaRange::new(after, range.last));
-                }
-            }
-            left = next;
-        }
-        Self { ranges: left }
+        self.intersect(&other.complement())
     }
 
     /// The addresses that are in both sets.
     #[must_use]
     pub fn intersect(&self, other: &Self) -> Self {
-        let both = |range: &IovaRange| {
-            let range = *range;
-            other.ranges.iter().filter_map(move |other| range.intersection(*other))
-        };
-        self.ranges.iter().flat_map(both).collect()
+        let (mut own, mut others) = (self.ranges.iter().peekable(), other.ranges.iter().peekable());
+        let mut ranges = Vec::new();
+        while let (Some(one), Some(two)) = (own.peek(), others.peek()) {
+            ranges.extend(one.intersection(**two));
+            // Whichever ends first has met all that it can.
+            if one.last < two.last {
+                own.next()
+            } else {
+                others.next()
+            };
+        }
+        Self { ranges }
+    }
+
+    /// The addresses that are not in the set.
+    fn complement(&self) -> Self {
+        let mut ranges = Vec::with_capacity(self.ranges.len() + 1);
+        let mut start = Some(0);
+        for range in &self.ranges {
+            let gap = start.zip(range.start.checked_sub(1)).and_then(|(start, last)| IovaRange::new(start, last));
+            ranges.extend(gap);
+            start = range.last.checked_add(1);
+        }
+        ranges.extend(start.and_then(|start| IovaRange::new(start, u64::MAX)));
+        Self { ranges }
     }
 
     /// The first range of the set that has an address of `range` in it.
@@ -230,11 +231,19 @@ impl From<IovaRange> for RangeSet {
 
 impl FromIterator<IovaRange> for RangeSet {
     fn from_iter<I: IntoIterator<Item = IovaRange>>(ranges: I) -> Self {
-        let mut set = Self::new();
-        for range in ranges {
-            set.insert(range);
+        let mut sorted: Vec<IovaRange> = ranges.into_iter().collect();
+        // Stable, as that is linear where sets follow on each other that are sorted each.
+        sorted.sort();
+        let mut ranges: Vec<IovaRange> = Vec::with_capacity(sorted.len());
+        for range in sorted {
+            match ranges.last_mut() {
+                Some(before) if range.start <= before.last.saturating_add(1) => {
+                    before.last = before.last.max(range.last);
+                }
+                _ => ranges.push(range),
+            }
         }
-        set
+        Self { ranges }
     }
 }
 
@@ -329,6 +338,11 @@ mod tests {
                 prop_assert_eq!(has(less.ranges(), at), has(&a, at) && !has(&b, at));
                 prop_assert_eq!(has(both.ranges(), at), has(&a, at) && has(&b, at));
             }
+            let mut inserted = RangeSet::new();
+            for range in a.iter().chain(&b) {
+                inserted.insert(*range);
+            }
+            prop_assert_eq!(&inserted, &union);
             for set in [&set_a, &union, &less, &both] {
                 prop_assert!(set.ranges().windows(2).all(|pair| pair[0].last < pair[1].start - 1));
             }

@@ -153,12 +153,12 @@ impl fmt::Display for RequestKind {
     }
 }
 
-/// The largest device-writable part that is answered. No reply needs more; a larger buffer is returned unwritten, so that
-/// a guest cannot make the device clear gigabytes.
+/// The largest device-writable part of a chain that is answered, in bytes. No reply needs more; with a larger one a chain is returned
+/// unwritten by the queue, so that a guest cannot make the device clear gigabytes.
 pub const LARGEST_REPLY: usize = 64 << 10;
 
 /// How many bytes the device-writable part of a PROBE must have to be answered with properties.
-pub const fn probe_reply_size(probe_size: u32) -> usize {
+pub(crate) const fn probe_reply_size(probe_size: u32) -> usize {
     probe_size as usize + spec::TAIL_SIZE
 }
 
@@ -168,9 +168,9 @@ impl Request {
     ///
     /// # Errors
     ///
-    /// The status to answer with: [`Status::Invalid`] if the request is too short, or a reserved field or an
-    /// unknown flag is set; [`Status::Range`] for a range that ends before it starts or wraps.
-    pub fn parse(kind: RequestKind, readable: &[u8]) -> Result<Self, Status> {
+    /// The status to answer with: [`Status::Invalid`] if the request is too short, an unknown flag is set, or a reserved field of
+    /// ATTACH or UNMAP is; [`Status::Range`] for a range that ends before it starts or wraps.
+    pub(crate) fn parse(kind: RequestKind, readable: &[u8]) -> Result<Self, Status> {
         if readable.len() < kind.size() {
             return Err(Status::Invalid);
         }
@@ -278,10 +278,9 @@ impl Fields<'_> {
 /// Writes a reply over the whole device-writable part: properties first, zeroes, the status in the last four
 /// bytes. Returns the used length, which is the whole part: Linux takes a shorter one for success.
 ///
-/// Nothing is written, and zero returned, if there is no room for a tail (5.13.6: "In that case, it returns the
-/// buffers without writing to them."). Properties that do not fit are left out; [`probe_reply_size`] says
-/// what they need.
-pub fn write_reply(writable: &mut [u8], status: Status, properties: &[ReservedRegion]) -> usize {
+/// Nothing is written, and zero returned, if there is no room for a tail. Properties that do not fit are left out;
+/// [`probe_reply_size`] says what they need.
+pub(crate) fn write_reply(writable: &mut [u8], status: Status, properties: &[ReservedRegion]) -> usize {
     let used = writable.len();
     let Some((body, tail)) = writable.split_last_chunk_mut::<{ spec::TAIL_SIZE }>() else {
         return 0;

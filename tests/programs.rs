@@ -12,6 +12,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -225,6 +226,29 @@ fn there_is_one_frontend() {
     assert_eq!(code, 0, "{log}");
 }
 
+/// The library's two threads can be had, and the one that waits for signals cannot. The limit is not for root, and counts all
+/// that a user runs.
+#[test]
+fn a_daemon_that_cannot_hear_signals_blocks_every_endpoint_and_ends() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("left out: needs root, to be a user with nothing else running");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let (socket, program) = (directory.path().join("socket"), directory.path().join("daemon"));
+    fs::copy(DAEMON, &program).unwrap();
+    let mut command = Command::new("bash");
+    command.args(["-c", "ulimit -u 3; exec \"$@\"", "bash"]).arg(&program).arg("--socket-path").arg(&socket);
+    command.arg("--input-range=0-ffffffff").uid(54_321);
+    let daemon = Daemon::run(command, socket, directory);
+    let _connection = UnixStream::connect(&daemon.socket).unwrap();
+    let (code, log) = daemon.end();
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+    assert!(log.contains("cannot set up events and signals"), "{log}");
+}
+
 /// Nothing sensible can be done without the memory that is missing; the watcher detaches the devices.
 #[test]
 fn guest_memory_that_is_cut_off_ends_the_daemon_with_a_signal() {
@@ -259,8 +283,12 @@ fn what_cannot_be_served_is_said_before_there_is_a_socket() {
     let facts = format!("--facts={}", facts.display());
     let iommufd = format!("--iommufd-fd={fd}");
     let endpoint = format!("--endpoint=id=00:03.0,cdev-fd={fd}");
+    let many: Vec<String> =
+        (0..255).map(|slot| format!("--endpoint=id=01:{:02x}.{},cdev-fd={fd}", slot / 8, slot % 8)).collect();
+    let many: Vec<&str> = [&iommufd].into_iter().chain(&many).map(String::as_str).collect();
     for (options, code, text) in [
-        (&[][..], 2, "an input range must be given"),
+        (&many[..], 2, "255 endpoints are given, and there can be 254"),
+        (&many[..255], 2, "/dev/null is not /dev/iommu"),
         (&[iommufd.as_str()][..], 2, "/dev/null is not /dev/iommu"),
         (&["--iommufd-fd=999"][..], 2, "fd 999 is not open"),
         (&["--iommufd-fd=1"][..], 2, "standard input"),
@@ -350,4 +378,53 @@ fn inspecting_what_is_not_there_is_a_matter_of_the_host() {
     let (code, said) = run(Command::new(CONTROL).args(["inspect", "ffff:ff:1f.7"]));
     assert_eq!(code, 3);
     assert!(said.contains("there is no PCI device ffff:ff:1f.7"), "{said}");
+}
+
+/// Facts of two devices, of which the second can be reached at more addresses.
+fn narrow_and_wide(directory: &Path) -> PathBuf {
+    let text = fs::read_to_string("tests/plans/narrow-and-wide.json").unwrap();
+    let plan: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let facts = directory.join("facts.json");
+    fs::write(&facts, plan["input"].to_string()).unwrap();
+    facts
+}
+
+#[test]
+fn the_picture_is_of_the_plan_that_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let picture = directory.path().join("picture.svg");
+    let mut command = Command::new(CONTROL);
+    command.args(["plan", "--json", "--facts"]).arg(narrow_and_wide(directory.path()));
+    let output = command.arg("--svg").arg(&picture).output().unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let picture = fs::read_to_string(picture).unwrap();
+    let regions = plan["endpoints"][0]["resv"].as_array().unwrap();
+    assert!(regions.len() > 1, "{plan}");
+    for region in regions {
+        let [start, end, subtype] = ["start", "end", "subtype"].map(|key| region[key].as_str().unwrap());
+        assert!(picture.contains(&format!("{start}-{end}: {subtype}")), "{region} is not in the picture");
+    }
+}
+
+#[test]
+fn whoever_reads_no_further_hears_of_no_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let facts = narrow_and_wide(directory.path());
+    let facts = facts.to_str().unwrap();
+    let host = ["--sysfs", "tests/hosts/vtd/sys", "--proc", "tests/hosts/vtd/proc"];
+    let inspect = [&["inspect", "01:00.0", "--input-range=0-ffffffff"][..], &host].concat();
+    for (arguments, expected) in [
+        (&["plan", "--facts", facts][..], 0),
+        (&["plan", "--facts", facts, "--json"], 0),
+        (&inspect, 0),
+        (&[&inspect[..], &["--json"]].concat(), 0),
+        (&["check", "ffff:ff:1f.7"], 3),
+        (&["check", "ffff:ff:1f.7", "--json"], 3),
+    ] {
+        // Nobody reads either of them.
+        let pipe = || Stdio::from(std::io::pipe().unwrap().1);
+        let mut command = Command::new(CONTROL);
+        let status = command.args(arguments).stdout(pipe()).stderr(pipe()).status().unwrap();
+        assert_eq!(status.code(), Some(expected), "{arguments:?}");
+    }
 }

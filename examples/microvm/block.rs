@@ -97,9 +97,10 @@ impl Disk {
         Ok(true)
     }
 
-    /// Serves a request; how many bytes were written to its buffers.
+    /// Serves a request; how many bytes were written to its buffers, from the first that can be written on (2.7.8.2).
     fn serve<M: GuestMemory<Bitmap = ()>>(&mut self, chain: DescriptorChain<&M>, memory: &M) -> u32 {
         let Some(status_address) = status_address(chain.clone()) else { return 0 };
+        let writable: u64 = chain.clone().writable().map(|buffer| u64::from(buffer.len())).sum();
         let (status, written) = match self.execute(chain, memory) {
             Ok(written) => (STATUS_OK, written),
             Err(error) if error.kind() == ErrorKind::Unsupported => (STATUS_UNSUPPORTED, 0),
@@ -108,7 +109,9 @@ impl Disk {
                 (STATUS_IO_ERROR, 0)
             }
         };
-        memory.write_obj(status, status_address).map_or(0, |()| written.saturating_add(1))
+        let has_status = memory.write_obj(status, status_address).is_ok();
+        // The status is the last byte, and counts if all before it was written.
+        if has_status && u64::from(written) + 1 == writable { written.saturating_add(1) } else { written }
     }
 
     fn execute<M: GuestMemory<Bitmap = ()>>(&mut self, chain: DescriptorChain<&M>, memory: &M) -> io::Result<u32> {
@@ -304,5 +307,55 @@ impl VirtioDevice for Block {
     fn reset(&mut self) {
         self.queue = None;
         self.accepted = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::mock::MockSplitQueue;
+
+    use super::*;
+
+    const HEADER: u64 = 0x1_0000;
+    const DATA: u64 = 0x2_0000;
+    const STATUS: u64 = 0x3_0000;
+    const WRITE: u16 = 2;
+
+    /// Serves a request for a disk of one sector, with so much room for data; its status and used length.
+    fn serve(kind: u32, sector: u64, room: u32) -> (u8, u32) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0x5a; 512]).unwrap();
+        let mut disk = Disk::new(file, None).unwrap();
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        memory.write_obj(kind.to_le(), GuestAddress(HEADER)).unwrap();
+        memory.write_obj(sector.to_le(), GuestAddress(HEADER + 8)).unwrap();
+        memory.write_obj(0xaa_u8, GuestAddress(STATUS)).unwrap();
+        let buffers = [(HEADER, 16, 0), (DATA, room, WRITE), (STATUS, 1, WRITE)];
+        let buffers = buffers.into_iter().filter(|(_, length, _)| *length > 0);
+        let descriptors: Vec<_> = buffers
+            .map(|(start, length, flags)| RawDescriptor::from(Descriptor::new(start, length, flags, 0)))
+            .collect();
+        let driver = MockSplitQueue::new(&memory, 16);
+        driver.build_desc_chain(&descriptors).unwrap();
+        let mut queue: Queue = driver.create_queue().unwrap();
+        assert!(disk.serve_next(&mut queue, &memory).unwrap());
+        let used = driver.used().ring().ref_at(0).unwrap().load().len();
+        (memory.read_obj(GuestAddress(STATUS)).unwrap(), used)
+    }
+
+    /// 2.7.8.2: The device MUST write at least len bytes to descriptor, beginning at the first device-writable buffer, prior to
+    /// updating the used idx.
+    #[test]
+    fn the_used_length_counts_what_was_written_from_the_first_byte_on() {
+        assert_eq!(serve(REQUEST_IN, 0, 512), (STATUS_OK, 513));
+        assert_eq!(serve(REQUEST_IN, 1, 512), (STATUS_IO_ERROR, 0), "the status is behind what was not written");
+        assert_eq!(serve(REQUEST_FLUSH, 0, 0), (STATUS_OK, 1));
+        assert_eq!(serve(99, 0, 0), (STATUS_UNSUPPORTED, 1));
+        assert_eq!(serve(99, 0, 512), (STATUS_UNSUPPORTED, 0));
+        assert_eq!(serve(REQUEST_GET_ID, 0, 20), (STATUS_OK, 21));
+        assert_eq!(serve(REQUEST_GET_ID, 0, 30), (STATUS_OK, 20));
     }
 }

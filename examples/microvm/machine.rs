@@ -106,10 +106,15 @@ impl Machine {
         vcpu::run(&mut self.vcpu, &mut self.bus)
     }
 
-    /// What the IOMMU was asked for, and whether stray writes hit memory.
+    /// What the IOMMU was asked for and had to say, and whether stray writes hit memory.
     pub fn report(&self, arguments: &Arguments) {
         if let Some(iommu) = &self.iommu {
-            eprintln!("iommu: {}", lock(iommu).device_mut().statistics());
+            let mut iommu = lock(iommu);
+            let device = iommu.device_mut();
+            while let Some(notice) = device.next_notice() {
+                eprintln!("iommu: {notice}");
+            }
+            eprintln!("iommu: {}", device.statistics());
         }
         if arguments.stray_dma.is_some() {
             let hit = self.memory.read_obj(STRAY_TARGET).is_ok_and(|bytes: [u8; 8]| bytes == STRAY);

@@ -262,8 +262,8 @@ fn the_function_is_driven_over_vfio_user() {
     assert_eq!(command, [0; 4]);
     assert_eq!(written(&mut client, &memory), [0; 8]);
 
-    // What is not there is refused, and the connection lives on.
-    assert!(client.region_write(CONFIG, u64::MAX, &[6]).is_ok());
+    // A write to what is not there changes nothing, and the connection lives on.
+    client.region_write(CONFIG, u64::MAX, &[6]).unwrap();
     client.region_write(0, u64::MAX, &[6]).unwrap();
     client.region_read(CONFIG, 4, &mut command).unwrap();
     assert_eq!(command, [0; 4]);

@@ -5,27 +5,36 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use log::{LevelFilter, error};
+use log::error;
 use virtio_iommu::causes::with_causes;
-use virtio_iommu::vhost_user::{Arguments, serve, watch_if_asked};
+use virtio_iommu::launch::show;
+use virtio_iommu::reserved::report;
+use virtio_iommu::vhost_user::{
+    Arguments, CAPABILITIES, ServeError, asks_for_capabilities, check, serve, start_log, watch_if_asked,
+};
 
 fn main() -> ExitCode {
     if let Some(code) = watch_if_asked() {
         return code;
     }
+    if asks_for_capabilities(std::env::args_os()) {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::parse();
-    env_logger::Builder::new()
-        // How much is logged can be changed later, and is decided before this is asked.
-        .filter_level(LevelFilter::Trace)
-        // What it logs is the guest's doing, line by line; the device counts it and says what matters.
-        .filter_module("virtio_queue", LevelFilter::Off)
-        .init();
-    log::set_max_level(arguments.log_level);
-    match serve(&arguments) {
+    start_log(arguments.log_level, arguments.log_format);
+    let result = if arguments.check { print_plan(&arguments) } else { serve(&arguments) };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             error!("{}", with_causes(&failure));
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+fn print_plan(arguments: &Arguments) -> Result<(), ServeError> {
+    let plan = check(arguments)?;
+    print!("{}", if arguments.json { report::to_json(&plan) } else { show::plan(&plan) });
+    Ok(())
 }

@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,12 +15,12 @@ use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
 use virtio_iommu::launch::memlock::{self, Demand, Grant};
 use virtio_iommu::launch::operate::Operation;
-use virtio_iommu::launch::{Launch, Size, picture, qemu, show};
+use virtio_iommu::launch::{Assignment, Directory, Launch, Size, picture, qemu, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
 use virtio_iommu::reserved::facts::FactsFile;
 use virtio_iommu::reserved::gather::Host;
-use virtio_iommu::reserved::plan::{PlanError, Policy, plan};
+use virtio_iommu::reserved::plan::{Plan, PlanError, Policy, plan};
 use virtio_iommu::reserved::report;
 use virtio_iommu::reserved::sysfs::Sysfs;
 use virtio_iommu::topology::viot::{self, PciFunctions};
@@ -153,7 +154,7 @@ struct RunArguments {
     #[arg(long, value_name = "PATH")]
     daemon: Option<PathBuf>,
     /// Where facts, table, socket and the daemon's log are put: by default a new directory for this process in
-    /// `$XDG_RUNTIME_DIR` or /tmp.
+    /// `$XDG_RUNTIME_DIR` or /tmp. One that is there must belong to the user, who alone can write to it.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
     /// How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most 8. The daemon then has a control
@@ -196,19 +197,32 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure(code, error)) => {
-            eprintln!("viommuctl: {}", with_causes(error.as_ref()));
+            // Where nobody reads there is nobody to tell.
+            let _ = writeln!(io::stderr(), "viommuctl: {}", with_causes(error.as_ref()));
             ExitCode::from(code)
         }
     }
 }
 
+/// Writes to the standard output. That nobody reads on, as behind `| head`, is no failure.
+fn put(text: &str) -> Result<(), Failure> {
+    let mut output = io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure(1, format!("cannot write to the standard output: {error}").into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
     let report = check(&Host::default(), question);
-    if json {
-        println!("{}", serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?);
+    let shown = if json {
+        serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?
     } else {
-        println!("{report}");
-    }
+        report.to_string()
+    };
+    put(&format!("{shown}\n"))?;
     if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
 }
 
@@ -244,13 +258,13 @@ impl RunArguments {
         }
         let beside = std::env::current_exe().ok().map(|program| program.with_file_name("vhost-device-iommu"));
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-        let own = || runtime.join(format!("virtio-iommu-{}", std::process::id()));
+        let own = || Directory::New(runtime.join(format!("virtio-iommu-{}", std::process::id())));
         Ok(Launch {
-            devices: self.devices.into_iter().zip(guest).collect(),
+            devices: self.devices.into_iter().zip(guest).map(|(host, guest)| Assignment { host, guest }).collect(),
             iommu: self.iommu,
             daemon: self.daemon.or(beside).unwrap_or_else(|| "vhost-device-iommu".into()),
             daemon_options: self.daemon_option,
-            directory: self.directory.unwrap_or_else(own),
+            directory: self.directory.map_or_else(own, Directory::Given),
             hotplug: self.hotplug,
             qemu: self.qemu,
         })
@@ -261,15 +275,14 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let sysfs = Sysfs::new("/sys");
     if print {
         let lines = launch.lines(&sysfs).map_err(|error| Failure(error.exit_code(), error.into()))?;
-        println!("{lines}");
-        return Ok(());
+        return put(&format!("{lines}\n"));
     }
     let memory = qemu::memory(&launch.qemu).map_err(|error| Failure(2, error.into()))?;
     let program = launch.qemu.first().map(PathBuf::from).unwrap_or_default();
-    let devices = launch.devices.iter().map(|(host, _)| *host).collect();
+    let devices = launch.devices.iter().map(|device| device.host).collect();
     let report = check(&Host::default(), &Question { devices, qemu: program, memory });
     if !report.ready {
-        eprintln!("{report}");
+        let _ = writeln!(io::stderr(), "{report}");
         return Err(Failure(3, "this host is not ready: see above".into()));
     }
     let error = launch.start(&sysfs);
@@ -283,14 +296,9 @@ fn run_plan(facts: &Path, json: bool, svg: Option<PathBuf>) -> Result<(), Failur
         Failure(code, error.into())
     })?;
     if let Some(path) = svg {
-        draw(&file, &path)?;
+        draw(&file, &plan, &path)?;
     }
-    if json {
-        print!("{}", report::to_json(&plan));
-        return Ok(());
-    }
-    print!("{}", show::plan(&plan));
-    Ok(())
+    put(&if json { report::to_json(&plan) } else { show::plan(&plan) })
 }
 
 /// What `inspect` was asked for, besides devices.
@@ -318,26 +326,25 @@ fn run_inspect(host: &Host, devices: &[PciAddress], options: &InspectOptions) ->
     let planned = plan(&file.policy, &file.devices);
     if !options.json {
         for (device, inspection) in &inspections {
-            print!("{}", show::inspection(*device, inspection, planned.as_ref().ok()));
+            put(&show::inspection(*device, inspection, planned.as_ref().ok()))?;
         }
     }
     let planned = planned.map_err(|error| Failure(3, error.into()))?;
     if options.json {
-        print!("{}", report::to_json_with_facts(&planned, &file));
+        put(&report::to_json_with_facts(&planned, &file))?;
     }
     match &options.svg {
-        Some(path) => draw(&file, path),
+        Some(path) => draw(&file, &planned, path),
         None => Ok(()),
     }
 }
 
-/// Draws the first of these devices.
-fn draw(file: &FactsFile, path: &Path) -> Result<(), Failure> {
+/// Draws the first device of a plan from these facts.
+fn draw(file: &FactsFile, plan: &Plan, path: &Path) -> Result<(), Failure> {
     let Some((id, facts)) = file.devices.first() else {
         return Err(Failure(2, "there is no device to draw".into()));
     };
-    let plan = plan(&file.policy, &[(*id, facts.clone())]).map_err(|error| Failure(3, error.into()))?;
-    let picture = picture::draw(&id.to_string(), facts, &plan, &file.policy.guest_ram);
+    let picture = picture::draw(&id.to_string(), facts, plan, &file.policy.guest_ram);
     fs::write(path, picture).map_err(|error| Failure(1, format!("cannot write {}: {error}", path.display()).into()))
 }
 

@@ -16,7 +16,11 @@ impl VirtioIommu {
         self.domains.entry(domain).or_insert_with(|| Domain::new(bypass));
         match self.agreement(group, Some((id, domain))) {
             Agreement::Domain(_) => {
+                let was_blocked = self.group(group).is_blocked();
                 if let Err(status) = self.put_group_on(group, domain) {
+                    if self.group(group).is_blocked() && !was_blocked {
+                        self.report_blocked(group);
+                    }
                     self.drop_domain_if_empty(domain);
                     return Err(status);
                 }

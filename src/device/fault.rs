@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::VirtioIommu;
 use crate::access::Access;
-use crate::host::refused::{RefusalReason, RefusedAccess};
+use crate::host::refused::{RefusalReason, RefusedAccess, RefusedAccesses};
 use crate::id::EndpointId;
 use crate::spec::fault;
 
@@ -148,11 +148,14 @@ impl FaultQueue {
 }
 
 impl VirtioIommu {
-    /// Makes events of the accesses that hosts refused.
-    pub(super) fn collect_refused(&mut self) {
-        for queue in self.groups.iter().filter_map(|group| group.host.refused()) {
-            while let Some(refused) = queue.pop() {
-                self.faults.push(refused.into());
+    /// Makes events of the accesses that hosts refused, of as many as can wait with a host: devices may add to them all the time.
+    pub(super) fn collect_refused_accesses(&mut self) {
+        for queue in self.groups.iter().filter_map(|group| group.host.refused_accesses()) {
+            for refused in std::iter::from_fn(|| queue.pop()).take(RefusedAccesses::CAPACITY) {
+                // A device whose endpoint was removed may not know of it yet.
+                if self.endpoints.contains_key(&refused.endpoint) {
+                    self.faults.push(refused.into());
+                }
             }
         }
     }

@@ -21,6 +21,8 @@ use crate::request::Status;
 #[derive(Debug)]
 pub(super) struct Group {
     pub host: Arc<dyn HostGroup>,
+    /// The members that are still endpoints. The host's list keeps those that were removed, whose IDs may be another group's now.
+    members: Vec<EndpointId>,
     pub table: GroupTable,
 }
 
@@ -51,11 +53,16 @@ pub(super) enum Agreement {
 impl Group {
     pub fn new(host: Arc<dyn HostGroup>) -> Self {
         let table = if host.is_found_blocked() { GroupTable::Blocked } else { GroupTable::AsFound };
-        Self { host, table }
+        Self { members: host.members().to_vec(), host, table }
     }
 
     pub fn members(&self) -> &[EndpointId] {
-        self.host.members()
+        &self.members
+    }
+
+    /// Strikes an endpoint off.
+    pub fn remove(&mut self, member: EndpointId) {
+        self.members.retain(|id| *id != member);
     }
 
     /// Refuses all DMA of the group. The host is told each time: a device that nobody had bound when it was told before
@@ -63,6 +70,10 @@ impl Group {
     pub fn block(&mut self) {
         self.host.block();
         self.table = GroupTable::Blocked;
+    }
+
+    pub const fn is_blocked(&self) -> bool {
+        matches!(self.table, GroupTable::Blocked)
     }
 
     /// Whether a table of this domain translates the group's DMA.
@@ -173,11 +184,10 @@ impl VirtioIommu {
         };
         // Bypass maps guest memory once and for all: what else could be mapped does not matter.
         let mapped = domain.is_some_and(|domain| self.domains.get(&domain).is_some_and(|domain| !domain.is_bypass()));
-        if mapped && let Some(notice) = self.broken_promise(group, table) {
+        if mapped && let Some(notice) = self.broken_promise(group, domain, table) {
             // With any other table the promise would be broken too: the group stays blocked, wherever it was before.
             self.group_mut(group).block();
             self.notices.push(notice);
-            self.report_blocked(group);
             return Err(Status::Unsupported);
         }
         Ok(())
@@ -185,13 +195,13 @@ impl VirtioIommu {
 
     /// Compares what the host can map in a table, now that a group is attached, with what the guest was told of all the
     /// groups on it.
-    fn broken_promise(&self, group: usize, table: &Arc<dyn IoPageTable>) -> Option<Notice> {
+    fn broken_promise(&self, group: usize, domain: Option<DomainId>, table: &Arc<dyn IoPageTable>) -> Option<Notice> {
         let endpoint = *self.group(group).members().first()?;
         let constraints = match table.constraints() {
             Ok(constraints) => constraints,
             Err(error) => {
                 let error = with_causes(&error);
-                return Some(Notice::AttachFailed { endpoint, domain: None, error, blocked: true });
+                return Some(Notice::AttachFailed { endpoint, domain, error, blocked: true });
             }
         };
         if constraints.granule > self.settings.granule {
@@ -210,14 +220,15 @@ impl VirtioIommu {
     pub(super) fn attach_failed(&mut self, group: usize, domain: Option<DomainId>, error: &HostError) -> Status {
         let group = self.group(group);
         if let Some(endpoint) = group.members().first().copied() {
-            let blocked = matches!(group.table, GroupTable::Blocked);
+            // In no domain, a group that cannot be in bypass is blocked.
+            let blocked = domain.is_none() || group.is_blocked();
             self.notices.push(Notice::AttachFailed { endpoint, domain, error: with_causes(error), blocked });
         }
         attach_status(error.kind)
     }
 
     /// Tells the guest that the DMA of a group's attached members is refused, for a reason that is none of the guest's.
-    fn report_blocked(&mut self, group: usize) {
+    pub(super) fn report_blocked(&mut self, group: usize) {
         for endpoint in self.group(group).members().to_vec() {
             if self.endpoints.get(&endpoint).is_some_and(|endpoint| endpoint.domain.is_some()) {
                 self.faults.push(Fault { reason: FaultReason::Unknown, endpoint, address: None, access: Access::NONE });

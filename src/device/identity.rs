@@ -25,10 +25,7 @@ impl VirtioIommu {
         }
         let result = match self.identity_table(group) {
             Ok(table) => self.attach_group(group, None, &table),
-            Err(error) => {
-                self.group_mut(group).block();
-                Err(self.attach_failed(group, None, &error))
-            }
+            Err(error) => Err(self.attach_failed(group, None, &error)),
         };
         if result.is_err() {
             self.group_mut(group).block();
@@ -46,7 +43,9 @@ impl VirtioIommu {
             return Err(HostError::new(HostErrorKind::Unmappable, action, None));
         }
         let host = Arc::clone(&self.group(group).host);
-        if let Some(table) = self.identity_tables.iter().find(|table| host.can_share(table.as_ref())) {
+        // A group that is on one stays there, also if its tables cannot be shared: a new one would cut it off meanwhile.
+        let can_use = |table: &&Arc<dyn IoPageTable>| self.group(group).uses(table) || host.can_share(table.as_ref());
+        if let Some(table) = self.identity_tables.iter().find(can_use) {
             return Ok(Arc::clone(table));
         }
         let table = host.new_table()?;

@@ -15,7 +15,7 @@ use super::group::Agreement;
 use super::{Fault, FaultReason, Notice, VirtioIommu};
 use crate::access::Access;
 use crate::causes::with_causes;
-use crate::host::{HostError, HostErrorKind, IoPageTable, MapError, UnmapError};
+use crate::host::{HostError, HostErrorKind, IoPageTable, MapError};
 use crate::id::DomainId;
 use crate::mapping::{Mapping, WouldSplit};
 use crate::memory::HostSegment;
@@ -332,7 +332,7 @@ pub(super) fn unmap_exactly(table: &dyn IoPageTable, iova: IovaRange, bytes: u12
             let action = format!("unmapping {iova} removed {gone:#x} bytes instead of {bytes:#x}");
             Err(HostError::new(HostErrorKind::Other, action, None))
         }
-        Err(UnmapError { error, .. }) => Err(error),
+        Err(error) => Err(error),
     }
 }
 

@@ -21,10 +21,15 @@ impl VirtioIommu {
     /// Tells the device what guest memory is. When this returns, no table of this device's reaches memory that is no
     /// longer the guest's; mappings into memory that stays are not disturbed, and those into memory that left stay in
     /// the domain and reach nothing until it is back. (Groups that are still as they were found are the VMM's to change.)
+    ///
+    /// The same part of the same file is the same memory, wherever in the process it is mapped. Whoever keeps host addresses, as a
+    /// device in the host's kernel does, is told of others by whoever maps it anew.
     pub fn set_memory(&mut self, ram: GuestRam) {
         let unchanged = self.ram.is_same(&ram);
         let old = std::mem::replace(&mut self.ram, ram);
         if unchanged {
+            // It may be the first that is told, and what is in no domain is left as it was found until then.
+            self.settle_unattached_groups();
             return;
         }
         // A MAP then finds room for as many pieces as there can be.

@@ -298,7 +298,7 @@ impl VirtioIommu {
     }
 
     /// Like [`handle`](Self::handle), but does no more than one step of a large MAP. Before the next one
-    /// ([`go_on`](Self::go_on)) anything can be done with the device, except to begin another request.
+    /// ([`go_on`](Self::go_on)) anything can be done with the device, except to begin another request, to save or to restore.
     pub fn begin(&mut self, readable: &[u8], writable: &mut [u8]) -> Progress {
         // 5.13.6.2: "If a request type is not recognized, the device SHOULD NOT write the buffer and SHOULD set
         // the used length to zero."
@@ -306,6 +306,7 @@ impl VirtioIommu {
             self.statistics.unreadable += 1;
             return Progress::Answered { used: 0 };
         };
+        // 5.13.6, of a buffer without room for a tail: "In that case, it returns the buffers without writing to them."
         if writable.len() < spec::TAIL_SIZE {
             self.statistics.unreadable += 1;
             return Progress::Answered { used: 0 };
@@ -363,7 +364,7 @@ impl VirtioIommu {
     /// (5.13.4.2: it "SHOULD NOT change on device reset").
     pub fn reset(&mut self) {
         self.driver_features = 0;
-        self.collect_refused();
+        self.collect_refused_accesses();
         self.faults.clear();
         self.detach_all();
         self.settle_unattached_groups();
@@ -389,13 +390,13 @@ impl VirtioIommu {
 
     /// The oldest fault event that waits for the guest.
     pub fn first_fault(&mut self) -> Option<&Fault> {
-        self.collect_refused();
+        self.collect_refused_accesses();
         self.faults.first()
     }
 
     /// Takes the oldest fault event that waits for the guest.
     pub fn take_fault(&mut self) -> Option<Fault> {
-        self.collect_refused();
+        self.collect_refused_accesses();
         let fault = self.faults.pop()?;
         self.tracer.tell(&Exchange::Fault(fault));
         Some(fault)
@@ -409,7 +410,8 @@ impl VirtioIommu {
     /// What has been counted since the device was made.
     pub fn statistics(&self) -> Statistics {
         let mut statistics = self.statistics;
-        let by_hosts = self.groups.iter().filter_map(|group| group.host.refused()).map(RefusedAccesses::dropped);
+        let by_hosts =
+            self.groups.iter().filter_map(|group| group.host.refused_accesses()).map(RefusedAccesses::dropped);
         statistics.faults_dropped = by_hosts.fold(self.faults.dropped(), u64::saturating_add);
         statistics.notices_dropped = self.notices.dropped();
         statistics

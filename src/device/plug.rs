@@ -48,17 +48,17 @@ impl VirtioIommu {
             return false;
         };
         let (group, domain) = (endpoint.group, endpoint.domain.take());
-        let host = Arc::clone(&self.group(group).host);
-        let is_last = !host.members().iter().any(|member| *member != id && self.endpoints.contains_key(member));
+        self.group_mut(group).remove(id);
+        let is_last = self.group(group).members().is_empty();
         if is_last {
             self.group_mut(group).block();
         } else {
             self.settle_group(group);
         }
-        host.release(id);
+        self.group(group).host.release(id);
         self.endpoints.remove(&id);
         // What the host refused it before is no fault of whoever has the ID next.
-        self.collect_refused();
+        self.collect_refused_accesses();
         self.faults.forget(id);
         if let Some(domain) = domain {
             self.leave_domain(domain, id);

@@ -143,7 +143,7 @@ pub enum RestoreError {
 impl VirtioIommu {
     /// The state of the device. No request is under way then.
     pub fn save(&mut self) -> DeviceState {
-        self.collect_refused();
+        self.collect_refused_accesses();
         DeviceState {
             version: DeviceState::VERSION,
             driver_features: self.driver_features,
@@ -157,8 +157,8 @@ impl VirtioIommu {
     ///
     /// # Errors
     ///
-    /// [`RestoreError`]. If it is the state's own fault, no host was asked for anything. If a host refuses (the error has a status
-    /// then), the device is as after a reset.
+    /// [`RestoreError`]. If it is the state's own fault, no host was asked for anything. If a host refuses, the device is as after a
+    /// reset.
     pub fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         if state.version != DeviceState::VERSION {
             return Err(RestoreError::Version(state.version));

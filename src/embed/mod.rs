@@ -17,6 +17,8 @@
 //! | status 0 | [`reset`](EmbeddedIommu::reset); when the whole machine is reset, [`system_reset`](EmbeddedIommu::system_reset), after all devices that are behind it |
 //! | `DEVICE_NEEDS_RESET` | set in [`Transport::needs_reset`], with a configuration interrupt |
 //! | guest memory | told to [`device_mut`](EmbeddedIommu::device_mut) (`set_memory`) before anything is started, and whenever it changes |
+//! | whatever [`device_mut`](EmbeddedIommu::device_mut) was used for | [`on_wake`](EmbeddedIommu::on_wake) after it: there may be events for the guest |
+//! | what an operator should hear of | [`next_notice`](VirtioIommu::next_notice), now and then, until there is none: only the oldest are kept |
 //! | topology | a VIOT that covers the endpoints ([`crate::topology`]), or `iommu-map` without the device's own ID |
 //! | devices behind it | offer `VIRTIO_F_ACCESS_PLATFORM` if they are virtio devices, and translate ([`crate::translate`]) |
 //! | VFIO | the files of assigned devices are given to KVM's VFIO device, as without this one |
@@ -134,7 +136,7 @@ pub struct EmbeddedIommu<M> {
     transport: Arc<dyn Transport>,
     kicks: [EventFd; spec::QUEUE_COUNT as usize],
     wake: Arc<EventFd>,
-    /// What the driver accepted, until the device starts.
+    /// What the driver accepted since the last reset.
     acknowledged: u64,
     queues: Option<[Queue; spec::QUEUE_COUNT as usize]>,
     requests: Requests,
@@ -255,7 +257,7 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
     }
 
     /// Stops the queues, with no request under way, and returns them as they are; `None` if they do not run. The device keeps its
-    /// state.
+    /// state. A request that cannot be completed is told to [`Transport::needs_reset`], and the queues are returned all the same.
     pub fn pause(&mut self) -> Option<[Queue; spec::QUEUE_COUNT as usize]> {
         let mut queues = self.queues.take()?;
         let memory = self.memory.memory();
@@ -336,7 +338,7 @@ impl<M: GuestAddressSpace> EmbeddedIommu<M> {
         true
     }
 
-    /// The event queue was kicked. (Linux does not: its buffers are looked for when there is an event.)
+    /// The event queue was kicked. (Linux does not for its first buffers: they are looked for when there is an event.)
     pub fn on_event_kick(&mut self, budget: usize) {
         let [_, events] = &self.kicks;
         let _ = events.read();

@@ -11,6 +11,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
 use rustix::fs::{FileType, fstat, major, minor};
+#[cfg(feature = "daemon")]
+use rustix::fs::{OFlags, fcntl_getfl};
+#[cfg(feature = "daemon")]
+use rustix::net::{AddressFamily, SocketType, getpeername, sockopt};
 
 /// What a passed file should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,6 +39,16 @@ impl FileKind {
         }
     }
 
+    /// What it is called in messages.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Iommufd => "/dev/iommu",
+            Self::VfioDevice => "/dev/vfio/devices/vfioN",
+            Self::VfioContainer => "/dev/vfio/vfio",
+            Self::VfioGroup => "/dev/vfio/N",
+        }
+    }
+
     /// Whether this is the name of such a device node, below `/dev`.
     fn matches(self, node: &str) -> bool {
         match self {
@@ -46,48 +60,11 @@ impl FileKind {
     }
 }
 
-impl FileKind {
-    /// Its name below `/dev`, for messages.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Iommufd => "/dev/iommu",
-            Self::VfioDevice => "/dev/vfio/devices/vfioN",
-            Self::VfioContainer => "/dev/vfio/vfio",
-            Self::VfioGroup => "/dev/vfio/N",
-        }
-    }
-}
-
 impl fmt::Display for FileKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
-
-/// Makes sure that a file is a Unix stream socket that listens.
-#[cfg(feature = "daemon")]
-pub(crate) fn check_listener(file: &impl AsFd) -> Result<(), WrongFile> {
-    use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-    use rustix::net::{AddressFamily, SocketType};
-
-    let wrong = |found: &str| WrongFile { found: found.to_owned(), expected: LISTENER };
-    let stat = fstat(file).map_err(|errno| wrong(&errno.to_string()))?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Socket => (),
-        other => return Err(wrong(&format!("a {}", describe(other)))),
-    }
-    if socket_domain(file) != Ok(AddressFamily::UNIX) || socket_type(file) != Ok(SocketType::STREAM) {
-        return Err(wrong("another kind of socket"));
-    }
-    match socket_acceptconn(file) {
-        Ok(true) => Ok(()),
-        _ => Err(wrong("a socket that does not listen")),
-    }
-}
-
-/// What [`check_listener`] expects.
-#[cfg(feature = "daemon")]
-pub(crate) const LISTENER: &str = "a Unix stream socket that listens";
 
 /// How the kernel numbers the files of VFIO devices: found while the process may still read `/proc`, it tells such files from others
 /// without looking anything up.
@@ -144,6 +121,61 @@ impl VfioMajor {
 pub struct WrongFile {
     found: String,
     expected: &'static str,
+}
+
+/// What a passed socket must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const SOCKET: &str = "a Unix stream socket that listens or is connected";
+/// What a descriptor for readiness must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const WRITABLE: &str = "a pipe or another file that can be written to";
+
+/// What a socket that others connect to must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const LISTENER: &str = "a Unix stream socket that listens";
+
+/// Makes sure that a file is a Unix stream socket that listens.
+#[cfg(feature = "daemon")]
+pub(super) fn check_listens(file: BorrowedFd<'_>) -> Result<(), WrongFile> {
+    let found = match listens(file) {
+        Ok(true) => return Ok(()),
+        Ok(false) => "a socket that does not listen".to_owned(),
+        Err(wrong) => wrong.found,
+    };
+    Err(WrongFile { found, expected: LISTENER })
+}
+
+/// Whether a Unix stream socket listens, rather than being connected.
+#[cfg(feature = "daemon")]
+pub(super) fn listens(file: BorrowedFd<'_>) -> Result<bool, WrongFile> {
+    let wrong = |found: &str| WrongFile { found: found.to_owned(), expected: SOCKET };
+    let stat = fstat(file).map_err(|errno| wrong(&errno.to_string()))?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Socket => (),
+        FileType::CharacterDevice => return Err(wrong("a character device")),
+        file_type => return Err(wrong(&format!("a {}", describe(file_type)))),
+    }
+    if sockopt::socket_domain(file) != Ok(AddressFamily::UNIX) {
+        return Err(wrong("a socket of another family"));
+    }
+    if sockopt::socket_type(file) != Ok(SocketType::STREAM) {
+        return Err(wrong("a Unix socket of another type"));
+    }
+    match (sockopt::socket_acceptconn(file), getpeername(file)) {
+        (Ok(true), _) => Ok(true),
+        (_, Ok(Some(_))) => Ok(false),
+        _ => Err(wrong("a socket that is neither")),
+    }
+}
+
+/// Makes sure that a file can be written to.
+#[cfg(feature = "daemon")]
+pub(super) fn check_writable(file: BorrowedFd<'_>) -> Result<(), WrongFile> {
+    let flags = fcntl_getfl(file).map_err(|errno| WrongFile { found: errno.to_string(), expected: WRITABLE })?;
+    if flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        return Ok(());
+    }
+    Err(WrongFile { found: "a file that can only be read".to_owned(), expected: WRITABLE })
 }
 
 /// The name of a character device's node below `/dev` and its place in sysfs; for anything else, what it is.

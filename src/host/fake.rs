@@ -12,9 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{
-    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, UnmapError,
-};
+use super::{AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError};
 use crate::access::Access;
 use crate::id::EndpointId;
 use crate::memory::HostSegment;
@@ -360,19 +358,19 @@ impl IoPageTable for FakeTable {
         Ok(())
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let mut state = self.host.lock();
-        let (failure, flavour) = (state.call(), state.flavour);
+        let (failure, flavour, granule) = (state.call(), state.flavour, state.granule);
         let table = state.tables.get_mut(&self.id).expect("a live table");
         let inside = overlapping(table, iova);
         let take = match failure {
-            Some(Failure::Error(kind)) => return Err(UnmapError { error: error(kind), gone: 0 }),
+            Some(Failure::Error(kind)) => return Err(error(kind)),
             Some(Failure::Short) => inside.len().min(1),
             None => inside.len(),
         };
         let nothing = inside.is_empty() && flavour == Flavour::Iommufd;
         if nothing || inside.iter().any(|mapped| !iova.covers(*mapped)) {
-            return Err(UnmapError { error: error(HostErrorKind::Other), gone: 0 });
+            return Err(error(HostErrorKind::Other));
         }
         let mut gone = 0;
         for mapped in inside.into_iter().take(take) {
@@ -380,7 +378,7 @@ impl IoPageTable for FakeTable {
             gone += mapped.length().expect("no mapping is the whole address space");
         }
         // A short unmap of one mapping has to lie about its length to be short.
-        Ok(if failure == Some(Failure::Short) { gone - GRANULE.min(gone) } else { gone })
+        Ok(if failure == Some(Failure::Short) { gone - granule.min(gone) } else { gone })
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {

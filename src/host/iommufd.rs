@@ -10,9 +10,8 @@
 // Ioctls on files that these types own.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::mem::{offset_of, size_of};
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -28,22 +27,27 @@ use iommufd_bindings::iommufd::{
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt, vfio_device_info,
+    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt, vfio_device_info,
 };
 
 use super::Constraints;
+use super::held::Held;
+use super::linux::{size, size_before, vfio_opcode};
 use crate::access::Access;
 use crate::memory::{FileMemory, HostMemory};
 use crate::range::{IovaRange, RangeSet};
 
+#[cfg(any(test, feature = "test-utils"))]
 pub mod api;
+#[cfg(not(any(test, feature = "test-utils")))]
+mod api;
 mod device;
 mod group;
 mod ioas;
 
 use api::{IommufdApi, VfioDeviceApi};
 pub use device::VfioDevice;
-pub use group::{IommufdGroup, PinnedSource};
+pub use group::IommufdGroup;
 pub use ioas::{Ioas, Iommufd};
 
 const DESTROY: Opcode = iommufd_opcode(IOMMUFD_CMD_DESTROY);
@@ -67,11 +71,6 @@ const fn iommufd_opcode(command: u32) -> Opcode {
     opcode::none(IOMMUFD_TYPE, number)
 }
 
-const fn vfio_opcode(number: u32) -> Opcode {
-    // VFIO_TYPE is the same character as IOMMUFD_TYPE.
-    iommufd_opcode(VFIO_BASE + number)
-}
-
 /// Passes a structure to a file that takes it with this code, and returns what the file wrote into it.
 ///
 /// # Safety
@@ -84,16 +83,6 @@ unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) ->
     unsafe { ioctl(file, Updater::<CODE, T>::new(argument)) }
 }
 
-const fn size<T>() -> u32 {
-    size_before(size_of::<T>())
-}
-
-/// The size of a structure up to a field that kernels before it did not know.
-#[expect(clippy::cast_possible_truncation, reason = "structures of the kernel's interface have tens of bytes")]
-const fn size_before(offset: usize) -> u32 {
-    offset as u32
-}
-
 fn map_flags(access: Access) -> u32 {
     let read = if access.read { MAP_READABLE } else { 0 };
     let write = if access.write { MAP_WRITEABLE } else { 0 };
@@ -104,10 +93,9 @@ fn map_flags(access: Access) -> u32 {
 #[derive(Debug)]
 struct IommufdFile {
     file: OwnedFd,
-    /// What keeps memory mapped in this process that is mapped there by address, by address space and first virtual address. (Of
-    /// memory mapped by file the kernel holds the file.) The kernel may look at the addresses for as long as the mapping is
-    /// there.
-    held: Mutex<BTreeMap<(u32, u64), HostMemory>>,
+    /// What is mapped by address; of memory mapped by file the kernel holds the file. Locked for as long as the kernel changes
+    /// such mappings: with the lock let go between, somebody else's mapping in the same place could be taken for one that is gone.
+    held: Mutex<Held>,
 }
 
 impl IommufdFile {
@@ -116,12 +104,8 @@ impl IommufdFile {
         Self { file, held: Mutex::default() }
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<(u32, u64), HostMemory>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn release_held(&self, ioas: u32, iova: IovaRange) {
-        self.held().retain(|(owner, start), _| *owner != ioas || *start < iova.start() || iova.last() < *start);
     }
 }
 
@@ -139,9 +123,10 @@ impl IommufdApi for IommufdFile {
 
     fn destroy(&self, object: u32) -> Result<(), Errno> {
         let mut argument = iommu_destroy { size: size::<iommu_destroy>(), id: object };
+        let mut held = self.held();
         // SAFETY: the structure has no addresses.
         unsafe { call::<DESTROY, _>(self.file.as_fd(), &mut argument) }?;
-        self.release_held(object, IovaRange::ALL);
+        held.release(object, IovaRange::ALL);
         Ok(())
     }
 
@@ -156,10 +141,11 @@ impl IommufdApi for IommufdFile {
             iova: iova.start(),
             ..Default::default()
         };
+        let mut held = self.held();
         // SAFETY: `memory` is mapped at this address for at least this length, and is held below for as long as the kernel may
         // look at the range.
         unsafe { call::<IOAS_MAP, _>(self.file.as_fd(), &mut argument) }?;
-        self.held().insert((ioas, iova.start()), memory.clone());
+        held.insert(ioas, iova, memory);
         Ok(())
     }
 
@@ -188,9 +174,12 @@ impl IommufdApi for IommufdFile {
             dst_iova: iova.start(),
             src_iova: source,
         };
-        // SAFETY: the structure has no addresses of this process. Memory that the source has by address is held as long as the
-        // copy by whoever made the source (see `PinnedSource`), which only maps by file.
-        unsafe { call::<IOAS_COPY, _>(self.file.as_fd(), &mut argument) }
+        let mut held = self.held();
+        // SAFETY: the structure has no addresses of this process. Memory that the source has by address is held below for the
+        // copy, too: the source may be gone before it.
+        unsafe { call::<IOAS_COPY, _>(self.file.as_fd(), &mut argument) }?;
+        held.copy(to, iova, from, source);
+        Ok(())
     }
 
     fn ioas_unmap(&self, ioas: u32, iova: IovaRange) -> Result<u64, Errno> {
@@ -198,9 +187,10 @@ impl IommufdApi for IommufdFile {
         let length = iova.length().unwrap_or(u64::MAX);
         let mut argument =
             iommu_ioas_unmap { size: size::<iommu_ioas_unmap>(), ioas_id: ioas, iova: iova.start(), length };
+        let mut held = self.held();
         // SAFETY: the structure has no addresses of this process.
         unsafe { call::<IOAS_UNMAP, _>(self.file.as_fd(), &mut argument) }?;
-        self.release_held(ioas, iova);
+        held.release(ioas, iova);
         Ok(argument.length)
     }
 

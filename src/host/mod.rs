@@ -19,8 +19,13 @@ use refused::RefusedAccesses;
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake;
+#[cfg(any(feature = "iommufd", feature = "type1"))]
+mod held;
 #[cfg(feature = "iommufd")]
 pub mod iommufd;
+#[cfg(any(feature = "iommufd", feature = "type1", feature = "vhost"))]
+mod linux;
+mod pieces;
 pub mod refused;
 pub mod replay;
 pub mod software;
@@ -65,14 +70,15 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// that cannot be told so has no table, or is gone.
     fn block(&self);
 
-    /// A member is no endpoint any more: closes whatever is open for its device alone. Its DMA reaches what the group's other
-    /// members reach; the group was blocked if there is none. By default nothing is done.
+    /// A member is no endpoint any more: takes its device off the group's table, so that it does not keep the group there, and
+    /// closes whatever is open for it alone. Its DMA reaches what the group's other members reach; the group was blocked if there
+    /// is none. By default nothing is done.
     fn release(&self, member: EndpointId) {
         let _ = member;
     }
 
     /// The accesses of the group that its table refused, for a host that tells. By default none does.
-    fn refused(&self) -> Option<&RefusedAccesses> {
+    fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         None
     }
 
@@ -98,7 +104,7 @@ pub trait IoPageTable: Any + fmt::Debug + Send + Sync {
     /// # Errors
     ///
     /// The host refused; some mappings may be gone and some not.
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError>;
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError>;
 
     /// What can be mapped, for the groups that are attached now. Asked after each attach and compared with what the guest was
     /// told: whatever of the input range no attached endpoint reports as reserved must be usable, and the granule must not be
@@ -220,17 +226,6 @@ pub enum MapError {
     /// A part of the range was mapped and could not be taken back.
     #[error("{0}, and what was mapped of the range could not be taken back")]
     LeftBehind(#[source] HostError),
-}
-
-/// An unmap that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}, after {gone:#x} bytes")]
-pub struct UnmapError {
-    /// Why.
-    #[source]
-    pub error: HostError,
-    /// How many bytes are known to be gone.
-    pub gone: u64,
 }
 
 impl From<MapError> for HostError {

@@ -48,11 +48,14 @@ struct State {
 
 impl RefusedAccesses {
     /// How many can wait.
-    const CAPACITY: usize = 32;
+    pub(crate) const CAPACITY: usize = 32;
 
-    /// Has something called when one is added and none was waiting. Only the first function that is given is called.
+    /// Has something called when one is added and none was waiting, and at once if one is waiting already. Only the first function
+    /// that is given is called.
     pub fn on_first(&self, wake: Box<dyn Fn() + Send + Sync>) {
-        let _ = self.wake.set(wake);
+        if self.wake.set(wake).is_ok() && !self.lock().waiting.is_empty() {
+            self.wake();
+        }
     }
 
     /// Adds one, if there is room.
@@ -65,7 +68,13 @@ impl RefusedAccesses {
             state.dropped = state.dropped.saturating_add(1);
         }
         drop(state);
-        if was_empty && let Some(wake) = self.wake.get() {
+        if was_empty {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(wake) = self.wake.get() {
             wake();
         }
     }
@@ -92,5 +101,39 @@ impl fmt::Debug for RefusedAccesses {
             .field("waiting", &state.waiting)
             .field("dropped", &state.dropped)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn what_waits_already_wakes_at_once() {
+        let refused = RefusedAccess {
+            endpoint: EndpointId(1),
+            address: 0x1000,
+            access: Access::READ,
+            reason: RefusalReason::NotMapped,
+        };
+        let accesses = RefusedAccesses::default();
+        let woken = Arc::new(AtomicUsize::new(0));
+        let wake = |woken: &Arc<AtomicUsize>| {
+            let woken = Arc::clone(woken);
+            Box::new(move || _ = woken.fetch_add(1, Ordering::Relaxed))
+        };
+        accesses.push(refused);
+        accesses.on_first(wake(&woken));
+        assert_eq!(woken.load(Ordering::Relaxed), 1);
+        accesses.push(refused);
+        assert_eq!(woken.load(Ordering::Relaxed), 1, "one was waiting");
+        while accesses.pop().is_some() {}
+        accesses.push(refused);
+        assert_eq!(woken.load(Ordering::Relaxed), 2);
+        accesses.on_first(wake(&woken));
+        assert_eq!(woken.load(Ordering::Relaxed), 2, "only the first is called");
     }
 }

@@ -10,7 +10,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use super::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError, UnmapError};
+use super::{AttachError, Constraints, HostError, HostGroup, IoPageTable, MapError};
 use crate::access::Access;
 use crate::id::EndpointId;
 use crate::memory::HostSegment;
@@ -62,7 +62,7 @@ impl IoPageTable for SoftwareTable {
         Ok(())
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         Ok(iova.length().unwrap_or(u64::MAX))
     }
 

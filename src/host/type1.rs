@@ -7,20 +7,20 @@
 // Ioctls on files that these types own.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_void};
 use std::io;
-use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{IntegerSetter, Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
+    VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_GROUP_FLAGS_VIABLE,
     VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 
+use super::held::Held;
+use super::linux::{failed, size, vfio_opcode};
 use super::{HostError, HostErrorKind};
 use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
@@ -30,7 +30,11 @@ use crate::range::IovaRange;
 mod container;
 mod info;
 
-pub use container::{Container, ContainerApi};
+pub use container::Container;
+#[cfg(any(test, feature = "test-utils"))]
+pub use container::ContainerApi;
+#[cfg(not(any(test, feature = "test-utils")))]
+use container::ContainerApi;
 pub use info::{InfoError, Type1Info, parse};
 
 const SET_IOMMU: Opcode = vfio_opcode(2);
@@ -45,22 +49,8 @@ const IOMMU_UNMAP_DMA: Opcode = vfio_opcode(14);
 const INFO_WORDS: usize = 1024;
 /// The upper half of the address space but for its last page, which kernels without `VFIO_DMA_UNMAP_FLAG_ALL` cannot map.
 const LAST_HALF: u64 = (1 << 63) - 0x1000;
-/// `VFIO_TYPE`
-const VFIO_TYPE: u8 = b';';
-
-const fn vfio_opcode(number: u32) -> Opcode {
-    let [number, ..] = (VFIO_BASE + number).to_le_bytes();
-    opcode::none(VFIO_TYPE, number)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "structures of the kernel's interface have tens of bytes")]
-const fn size<T>() -> u32 {
-    size_of::<T>() as u32
-}
-
-fn failed(errno: Errno, action: impl Into<String>, kind: HostErrorKind) -> HostError {
-    HostError::new(kind, action, Some(errno.into()))
-}
+/// The one address space that a container has.
+const SPACE: u32 = 0;
 
 /// Passes a structure to a file that takes it with this code.
 ///
@@ -77,8 +67,9 @@ unsafe fn call<const CODE: Opcode, T>(file: BorrowedFd<'_>, argument: &mut T) ->
 #[derive(Debug)]
 struct ContainerFile {
     file: OwnedFd,
-    /// What keeps memory mapped in this process that is mapped there, by first virtual address.
-    held: Mutex<BTreeMap<u64, HostMemory>>,
+    /// What is mapped there. Locked for as long as the kernel changes that: with the lock let go between, somebody else's mapping
+    /// in the same place could be taken for one that is gone.
+    held: Mutex<Held>,
 }
 
 impl ContainerFile {
@@ -87,7 +78,7 @@ impl ContainerFile {
         Self { file, held: Mutex::default() }
     }
 
-    fn held(&self) -> MutexGuard<'_, BTreeMap<u64, HostMemory>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -143,14 +134,16 @@ impl ContainerApi for ContainerFile {
             iova: iova.start(),
             size,
         };
+        let mut held = self.held();
         // SAFETY: the file is a container. `memory` is mapped at this address for at least this length, and is held below for
         // as long as the kernel may look at the range.
         unsafe { call::<IOMMU_MAP_DMA, _>(self.file.as_fd(), &mut argument) }?;
-        self.held().insert(iova.start(), memory.clone());
+        held.insert(SPACE, iova, memory);
         Ok(())
     }
 
     fn unmap_dma(&self, iova: IovaRange) -> Result<u64, Errno> {
+        let mut held = self.held();
         let gone = match iova.length() {
             Some(size) => self.unmap(0, iova.start(), size)?,
             None => match self.unmap(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
@@ -159,7 +152,7 @@ impl ContainerApi for ContainerFile {
                 result => result?,
             },
         };
-        self.held().retain(|start, _| *start < iova.start() || iova.last() < *start);
+        held.release(SPACE, iova);
         Ok(gone)
     }
 }

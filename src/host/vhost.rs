@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::io::Errno;
 use vhost::{Error, VhostAccess, VhostIotlbBackend, VhostIotlbMsg, VhostIotlbType};
 
+use super::linux::map_error_kind;
 use super::replay::DmaMapper;
 use super::{Constraints, HostError, HostErrorKind};
 use crate::access::Access;
@@ -59,18 +60,19 @@ impl<B: VhostIotlbBackend + Send + Sync> DmaMapper for VhostMapper<B> {
 
     fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        if mapped.range(iova.start()..=iova.last()).next().is_none() {
-            // The kernel has no address space for the device before it was told of a mapping, and refuses then.
+        let inside: Vec<(u64, u64)> =
+            mapped.range(iova.start()..=iova.last()).map(|(start, length)| (*start, *length)).collect();
+        // No wider than what is mapped: from Linux 5.19 to 6.3 the kernel refuses ranges that reach past what the device can
+        // map. And it has no address space for the device before it was told of a mapping, and refuses then.
+        let (Some((first, _)), Some((start, length))) = (inside.first(), inside.last()) else {
             return Ok(0);
+        };
+        let hull = IovaRange::new(*first, start.saturating_add(length - 1)).unwrap_or(iova);
+        invalidate(&self.device, hull)?;
+        for (start, _) in &inside {
+            mapped.remove(start);
         }
-        invalidate(&self.device, iova)?;
-        let mut gone = 0;
-        mapped.retain(|start, length| {
-            let stays = *start < iova.start() || iova.last() < *start;
-            gone += if stays { 0 } else { *length };
-            stays
-        });
-        Ok(gone)
+        Ok(inside.iter().map(|(_, length)| length).sum())
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {
@@ -97,7 +99,8 @@ pub(crate) fn update(
     let perm = match (access.read, access.write) {
         (true, true) => VhostAccess::ReadWrite,
         (false, true) => VhostAccess::WriteOnly,
-        (_, false) => VhostAccess::ReadOnly,
+        (true, false) => VhostAccess::ReadOnly,
+        (false, false) => VhostAccess::No,
     };
     let message = VhostIotlbMsg {
         iova: iova.start(),
@@ -107,13 +110,8 @@ pub(crate) fn update(
         msg_type: VhostIotlbType::Update,
     };
     send(device, &message).map_err(|error| {
-        let kind = match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::INVAL) => HostErrorKind::Unmappable,
-            Some(Errno::EXIST) => HostErrorKind::AlreadyMapped,
-            Some(Errno::NOMEM | Errno::NOSPC) => HostErrorKind::NoMemory,
-            Some(Errno::FAULT) => HostErrorKind::BadAddress,
-            _ => HostErrorKind::Other,
-        };
+        let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+        let kind = errno.map_or(HostErrorKind::Other, map_error_kind);
         HostError::new(kind, format!("VHOST_IOTLB_UPDATE of {iova}"), Some(error))
     })
 }

@@ -315,14 +315,17 @@ fn check_software_msi(group: &IommuGroup) -> Option<Finding> {
 
 fn check_usable(host: &Host, device: PciAddress) -> Finding {
     match inspect(host, device) {
-        Err(error) => Finding::no(error.to_string(), "see the message"),
+        Err(error) => Finding::no(
+            with_causes(&error),
+            "run as root, who can read all of /sys and /proc; if that does not help, it is a mistake of this program: report it",
+        ),
         Ok(inspection) => match (inspection.usable_unknown, inspection.facts.usable) {
             (None, Some(usable)) => Finding::ok(format!("can be attached; usable: {usable}")),
             (Some(reason), _) => Finding::no(
                 format!("cannot be attached: {}", with_causes(&reason)),
                 "end whatever uses the device; the kernel's log (dmesg) may say more",
             ),
-            (None, None) => Finding::no("cannot be attached", "see the kernel's log (dmesg)"),
+            (None, None) => Finding::no("cannot be attached", "the kernel's log (dmesg) may say why"),
         },
     }
 }

@@ -105,15 +105,11 @@ fn usable(host: &Host, address: PciAddress, group: u32) -> Result<Usable, Usable
     Err(UsableError::NotBound)
 }
 
-/// The addresses that a device can use, from an address space of iommufd made for that question.
+/// What a device can map, from an address space of iommufd made for that question.
 ///
 /// # Errors
 ///
 /// [`UsableError`]
-pub fn usable_by_iommufd(address: PciAddress, node: &Path) -> Result<RangeSet, UsableError> {
-    Ok(constraints_by_iommufd(address, node)?.usable)
-}
-
 fn constraints_by_iommufd(address: PciAddress, node: &Path) -> Result<Constraints, UsableError> {
     let iommufd = Arc::new(Iommufd::new(open(Path::new(IOMMUFD))?)?);
     let device = VfioDevice::new(open(node)?, address.to_string())?;

@@ -3,6 +3,7 @@
 //! Before a guest runs: looking at the host, saying whether it is ready, starting QEMU and the daemon together.
 
 pub mod check;
+mod directory;
 pub mod inspect;
 pub mod memlock;
 pub mod operate;
@@ -13,5 +14,6 @@ mod run;
 pub mod show;
 mod size;
 
-pub use run::{Launch, LaunchError};
+pub use directory::{Directory, DirectoryError};
+pub use run::{Assignment, Launch, LaunchError};
 pub use size::{ParseSizeError, Size};

@@ -195,11 +195,11 @@ fn guest_lane(plan: &Plan, endpoint: &EndpointPlan) -> Lane {
         bars.push(Bar { range: withheld.range, paint: Paint::Withheld, says });
     }
     for region in endpoint.view.reported() {
-        let (paint, says) = match region.kind {
-            ReservedKind::Reserved => (Paint::Reserved, "reserved"),
-            ReservedKind::Msi => (Paint::Msi, "msi"),
+        let paint = match region.kind {
+            ReservedKind::Reserved => Paint::Reserved,
+            ReservedKind::Msi => Paint::Msi,
         };
-        bars.push(Bar { range: region.range, paint, says: says.to_owned() });
+        bars.push(Bar { range: region.range, paint, says: region.kind.to_string() });
     }
     Lane { name: "the guest is told", bars }
 }

@@ -18,11 +18,11 @@ const FIRST_PORT: u8 = 0x10;
 pub const MOST_PORTS: u8 = 8;
 
 /// Marks the place in a command line where the arguments go; without it they go to the end.
-pub const PLACE: &str = "@IOMMU@";
+const PLACE: &str = "@IOMMU@";
 
 /// What the arguments refer to.
 #[derive(Clone, Debug)]
-pub struct Parts {
+pub(super) struct Parts {
     /// The daemon's socket.
     pub socket: PathBuf,
     /// The table for the guest.
@@ -98,7 +98,7 @@ pub fn memory(command: &[String]) -> Result<Option<Size>, QemuError> {
 /// # Errors
 ///
 /// [`QemuError`]
-pub fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
+pub(super) fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, QemuError> {
     if command.is_empty() {
         return Err(QemuError::Empty);
     }
@@ -188,7 +188,7 @@ fn escape(path: &Path) -> String {
 }
 
 /// An argument as a shell reads it.
-pub fn quote(argument: &str) -> String {
+pub(super) fn quote(argument: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./=:,@%+".contains(character);
     if !argument.is_empty() && argument.chars().all(plain) {
         argument.to_owned()

@@ -14,13 +14,24 @@ use crate::reserved::plan::{EndpointPlan, Plan};
 use crate::reserved::report::reason_name;
 use crate::reserved::{Fact, HostFacts, HostRegionKind, ReservedKind, WithheldReason};
 
+/// What the guest is told of a range, and why.
+#[derive(Clone, Copy, Default)]
+struct Told {
+    what: &'static str,
+    why: &'static str,
+}
+
+impl Told {
+    const USABLE: Self = Self { what: "usable", why: "" };
+}
+
 /// One line of a table: what somebody says of a range.
 struct Row {
     range: IovaRange,
     says: String,
     source: String,
-    /// What the guest is told and why, unless that follows from the range.
-    told: Option<(&'static str, &'static str)>,
+    /// What the guest is told, unless that follows from the range.
+    told: Option<Told>,
 }
 
 /// What was found of a device, and what the guest is told; `plan` is `None` if it cannot have the devices.
@@ -39,14 +50,14 @@ pub fn inspection(device: PciAddress, inspection: &Inspection, plan: Option<&Pla
     table.load_preset(presets::NOTHING).set_header(header);
     for Row { range, says, source, told } in rows {
         let told = told.or_else(|| Some(self::told(plan?.input_range, planned?, range)));
-        let (told, why) = match told.unwrap_or_default() {
+        let Told { what, why } = match told.unwrap_or_default() {
             // Windows have nothing to do with it.
-            ("nothing" | "usable", _) if says == HostRegionKind::DirectRelaxable.to_string() => {
-                ("nothing", "it can be mapped (--relaxable)")
+            Told { what: "nothing" | "usable", .. } if says == HostRegionKind::DirectRelaxable.to_string() => {
+                Told { what: "nothing", why: "it can be mapped (--relaxable)" }
             }
             told => told,
         };
-        table.add_row([&range.to_string(), &human_size(range), &says, told, why, &source]);
+        table.add_row([&range.to_string(), &human_size(range), &says, what, why, &source]);
     }
     push_line(&mut text, &table.to_string());
     if let Some((plan, planned)) = plan.zip(planned) {
@@ -79,11 +90,7 @@ pub fn plan(plan: &Plan) -> String {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_header(["range", "size", "the guest is told", "why"]);
         for region in planned.view.reported() {
-            let told = match region.kind {
-                ReservedKind::Reserved => "reserved",
-                ReservedKind::Msi => "msi",
-            };
-            table.add_row([&region.range.to_string(), &human_size(region.range), told, ""]);
+            table.add_row([&region.range.to_string(), &human_size(region.range), &region.kind.to_string(), ""]);
         }
         for withheld in &planned.withheld {
             let range = withheld.range;
@@ -119,7 +126,7 @@ fn push_remarks(text: &mut String, planned: &EndpointPlan) {
 /// What the host says.
 fn rows(facts: &HostFacts) -> Vec<Row> {
     let source = |fact| facts.sources.get(&fact).map(ToString::to_string).unwrap_or_default();
-    let usable = Some(("usable", ""));
+    let usable = Some(Told::USABLE);
     let mut rows = Vec::new();
     for region in facts.reserved_regions.iter().flatten() {
         let says = region.kind.to_string();
@@ -151,30 +158,31 @@ fn unexplained(facts: &HostFacts, planned: &EndpointPlan) -> Vec<Row> {
         range: *range,
         says: String::new(),
         source: String::new(),
-        told: Some(("reserved", "it cannot be reached")),
+        told: Some(Told { what: "reserved", why: "it cannot be reached" }),
     };
     reported.subtract(&shown).ranges().iter().map(row).collect()
 }
 
 /// What the guest is told of a range that the host shows, and why.
-fn told(input_range: IovaRange, planned: &EndpointPlan, range: IovaRange) -> (&'static str, &'static str) {
+fn told(input_range: IovaRange, planned: &EndpointPlan, range: IovaRange) -> Told {
     if !input_range.overlaps(range) {
-        return ("nothing", "outside of the input range");
+        return Told { what: "nothing", why: "outside of the input range" };
     }
     let regions = |kind| planned.view.reported().iter().filter(move |region| region.kind == kind);
     let reserved: RangeSet = regions(ReservedKind::Reserved).map(|region| region.range).collect();
     let has_msi = regions(ReservedKind::Msi).any(|region| region.range.overlaps(range));
     let withheld = planned.withheld.iter().find(|withheld| withheld.range.overlaps(range));
     let whole = reserved.covers(range);
-    match (reserved.overlapping(range).is_some(), has_msi, withheld) {
+    let (what, why) = match (reserved.overlapping(range).is_some(), has_msi, withheld) {
         (true, true, _) => ("reserved, msi in it", "the guest's doorbell is cut out"),
         (false, true, _) => ("msi", "the guest's doorbell"),
         (true, false, _) if whole => ("reserved", "the host cannot map there"),
         (true, false, Some(withheld)) => ("reserved in part", reason_name(withheld.reason)),
         (true, false, None) => ("reserved in part", ""),
         (false, false, Some(withheld)) => ("nothing", reason_name(withheld.reason)),
-        (false, false, None) => ("usable", ""),
-    }
+        (false, false, None) => return Told::USABLE,
+    };
+    Told { what, why }
 }
 
 /// A size as people read it.

@@ -14,12 +14,12 @@ pub struct Size(pub u64);
 #[error("`{0}` is not a size such as 512M or 4G")]
 pub struct ParseSizeError(String);
 
-const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+const UNITS: [(char, u32); 5] = [('B', 0), ('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
 impl FromStr for Size {
     type Err = ParseSizeError;
 
-    /// Reads a decimal number with K, M, G or T; without a unit it is in MiB, as QEMU has it.
+    /// Reads a decimal number with B, K, M, G or T; without a unit it is in MiB, as QEMU has it.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let error = || ParseSizeError(text.to_owned());
         let unit = text.chars().last().map(|last| last.to_ascii_uppercase());
@@ -34,12 +34,12 @@ impl FromStr for Size {
 }
 
 impl fmt::Display for Size {
-    /// In the largest unit that it is a multiple of.
+    /// In the largest unit that it is a multiple of; it is read back as the same.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let fits = |(_, shift): &&(char, u32)| self.0 != 0 && self.0.trailing_zeros() >= *shift;
         match UNITS.iter().rev().find(fits) {
             Some((letter, shift)) => write!(f, "{}{letter}", self.0 >> shift),
-            None => write!(f, "{}", self.0),
+            None => f.write_str("0"),
         }
     }
 }
@@ -57,6 +57,8 @@ mod tests {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
         assert_eq!(Size(256 << 20).to_string(), "256M");
-        assert_eq!(Size(4097).to_string(), "4097");
+        for bytes in [0, 1, 4097, 256 << 20, 3 << 40, u64::MAX] {
+            assert_eq!(Size(bytes).to_string().parse(), Ok(Size(bytes)));
+        }
     }
 }

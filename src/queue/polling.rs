@@ -18,7 +18,7 @@ pub enum Polling {
     /// As long as that has been worth it: not at all while little comes, up to 200 µs while much does, and never where there is only
     /// one CPU to watch and to work.
     Auto,
-    /// So long.
+    /// So long, up to [`LONGEST`](Self::LONGEST).
     For(Duration),
 }
 
@@ -81,9 +81,9 @@ impl Watch {
     const TURN: u32 = 10;
 
     /// A queue that was never watched, on a machine with so many CPUs.
-    pub const fn new(polling: Polling, cpus: usize) -> Self {
+    pub fn new(polling: Polling, cpus: usize) -> Self {
         let (polling, length) = match polling {
-            Polling::For(time) => (polling, time),
+            Polling::For(time) => (polling, time.min(Polling::LONGEST)),
             Polling::Auto if cpus > 1 => (polling, Duration::ZERO),
             Polling::Auto | Polling::Off => (Polling::Off, Duration::ZERO),
         };

@@ -47,13 +47,14 @@ pub(super) struct Ring<'m, M: GuestMemory> {
 }
 
 impl<'m, M: GuestMemory> Ring<'m, M> {
-    /// Has a batch of buffers served; what that came to, and whether the driver is to be notified.
+    /// Has a batch of buffers served; what that came to, and whether the driver is to be notified. Whether the queue is ready is not
+    /// asked.
     pub fn for_batch<Q: QueueT, T>(
         queue: &mut Q,
         memory: &'m M,
         serve: impl FnOnce(&mut Self) -> Result<T, QueueError>,
     ) -> Result<(T, bool), QueueError> {
-        let mut ring = Self::of(queue, memory)?;
+        let mut ring = Self::of(queue, memory);
         let result = serve(&mut ring);
         // What was returned before an error is the driver's all the same.
         let published = ring.publish();
@@ -65,15 +66,12 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
     }
 
     /// Finds the parts of a queue.
-    fn of<Q: QueueT>(queue: &Q, memory: &'m M) -> Result<Self, QueueError> {
-        if !queue.ready() {
-            return Err(QueueError::NotReady);
-        }
+    fn of<Q: QueueT>(queue: &Q, memory: &'m M) -> Self {
         let size = queue.size();
         let entries = usize::from(size);
         let next_used = Wrapping(queue.next_used());
         let mut memory = Memory::new(memory);
-        Ok(Self {
+        Self {
             size,
             event_idx: queue.event_idx_enabled(),
             table: Table::new(&mut memory, GuestAddress(queue.desc_table()), size),
@@ -85,7 +83,7 @@ impl<'m, M: GuestMemory> Ring<'m, M> {
             next_used,
             published: next_used,
             first_used: next_used,
-        })
+        }
     }
 
     /// How many buffers the driver has made available that were not taken.

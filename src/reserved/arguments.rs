@@ -13,32 +13,32 @@ use crate::range::{IovaRange, ParseRangeError};
 pub struct PolicyArguments {
     /// The virtual addresses that the guest is offered, both ends included. By default what the facts allow.
     #[arg(long, value_name = "START-END")]
-    pub input_range: Option<IovaRange>,
+    input_range: Option<IovaRange>,
 
-    /// How many bits of address the guest is offered at most.
+    /// How many bits of address the guest is offered at most, also of the input range.
     #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(12..=64))]
-    pub max_address_width: Option<u8>,
+    max_address_width: Option<u8>,
 
     /// The MSI doorbell of the guest's machine, or `none`. By default, on x86-64, fee00000-feefffff.
     #[arg(long, value_name = "START-END|none", value_parser = parse_guest_msi, required = !cfg!(target_arch = "x86_64"))]
-    pub guest_msi: Option<GuestMsi>,
+    guest_msi: Option<GuestMsi>,
 
     /// Whether the guest is told of regions that firmware uses until a driver takes over (`direct-relaxable`).
     #[arg(long, value_name = "ignore|report", default_value = "ignore")]
-    pub relaxable: Relaxable,
+    relaxable: Relaxable,
 
     /// Whether the guest is told where devices cannot reach memory, if the host's device tree says so.
     #[arg(long, value_name = "report|withhold", default_value = "report")]
-    pub inbound: Inbound,
+    inbound: Inbound,
 
     /// What is done about devices that can reach each other's BARs, because they share a host IOMMU group.
     #[arg(long, value_name = "warn|carve-bars", default_value = "warn")]
-    pub p2p: PeerToPeer,
+    p2p: PeerToPeer,
 
     /// A memory window of the host bridge, where devices see it, in place of those that the host shows. Can be given several
     /// times. Windows are never reported: they help to tell what the host's reserved regions are.
     #[arg(long, value_name = "START-END")]
-    pub host_window: Vec<IovaRange>,
+    host_window: Vec<IovaRange>,
 }
 
 impl PolicyArguments {
@@ -66,7 +66,7 @@ impl PolicyArguments {
 
 /// Where the guest's machine decodes message-signalled interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GuestMsi {
+enum GuestMsi {
     /// At these addresses.
     At(IovaRange),
     /// At no fixed address.
@@ -75,7 +75,7 @@ pub enum GuestMsi {
 
 impl GuestMsi {
     /// The addresses.
-    pub const fn range(self) -> Option<IovaRange> {
+    const fn range(self) -> Option<IovaRange> {
         match self {
             Self::At(range) => Some(range),
             Self::None => None,
@@ -88,7 +88,7 @@ impl GuestMsi {
 /// # Errors
 ///
 /// [`ParseRangeError`]
-pub fn parse_guest_msi(text: &str) -> Result<GuestMsi, ParseRangeError> {
+fn parse_guest_msi(text: &str) -> Result<GuestMsi, ParseRangeError> {
     if text == "none" { Ok(GuestMsi::None) } else { text.parse().map(GuestMsi::At) }
 }
 

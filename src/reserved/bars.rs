@@ -2,10 +2,10 @@
 
 //! The memory BARs of a PCI function, where the CPU sees them and where they are on the bus.
 
-use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
+use super::limited;
 use super::sysfs::SysfsError;
 use crate::range::{IovaRange, parse_address};
 
@@ -42,7 +42,7 @@ pub(super) fn bars(device: &Path) -> Result<Vec<Bar>, SysfsError> {
 fn resources(path: &Path) -> Result<Vec<Option<IovaRange>>, SysfsError> {
     // include/linux/ioport.h
     const IORESOURCE_MEM: u64 = 0x200;
-    let text = match fs::read_to_string(path) {
+    let text = match limited::read_text(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),
@@ -70,7 +70,7 @@ fn registers(device: &Path) -> [Option<u64>; BARS] {
     const FIRST_BAR: usize = 0x10;
     let mut header = [0; 64];
     let mut starts = [None; BARS];
-    if fs::File::open(device.join("config")).and_then(|mut file| file.read_exact(&mut header)).is_err() {
+    if limited::open(&device.join("config")).and_then(|mut file| file.read_exact(&mut header)).is_err() {
         return starts;
     }
     let count = match header.get(HEADER_TYPE).map(|kind| kind & 0x7f) {
@@ -102,6 +102,8 @@ fn word(bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const RESOURCE: &str = "0x00000000c0000000 0x00000000c000ffff 0x0000000000040200

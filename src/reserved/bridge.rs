@@ -5,10 +5,10 @@
 //! `/proc/iomem` is where Linux shows them on machines with ACPI: the lines `PCI Bus SSSS:BB` at the top level, in addresses
 //! of the CPU. Who may not know the addresses sees zeroes.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::limited;
 use crate::range::{IovaRange, parse_address};
 
 /// A host bridge: segment and number of its root bus.
@@ -77,7 +77,7 @@ pub enum IomemError {
 /// [`IomemError`]
 pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>, IomemError> {
     let path = proc.join("iomem");
-    let text = match fs::read_to_string(&path) {
+    let text = match limited::read_text(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(IomemError::Read { path, source }),
@@ -117,6 +117,8 @@ pub fn windows_in(text: &str, path: &Path, bridge: HostBridge) -> Result<Option<
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const IOMEM: &str = "\

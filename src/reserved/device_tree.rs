@@ -3,11 +3,11 @@
 //! What a device tree says of a PCI host bridge: its windows (`ranges`), and where the devices behind it reach memory
 //! (`dma-ranges`). Formats are those of the Devicetree Specification 0.4, 2.3.8 and 2.3.9, and of IEEE 1275's PCI binding.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::bridge::BridgeWindow;
+use super::limited;
 use crate::range::{IovaRange, RangeSet};
 
 /// A PCI host bridge as the device tree describes it.
@@ -77,8 +77,8 @@ pub type ReadProperty<'r> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'r;
 /// # Errors
 ///
 /// [`DeviceTreeError`]
-pub fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
-    parse(node, &|path| fs::read(path))
+pub(super) fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
+    parse(node, &limited::read)
 }
 
 /// Understands the node of a host bridge, in a tree that is wherever `read` finds it.
@@ -214,6 +214,8 @@ fn property(path: &Path, read: &ReadProperty<'_>) -> Result<Option<Vec<u32>>, De
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const MEM32: u32 = 0x0200_0000;

@@ -10,10 +10,14 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::limited::read_text_from;
 use super::plan::{Inbound, PeerToPeer, Policy, Relaxable};
 use super::{Driver, Fact, HostFacts, HostRegion, Source};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet, parse_address};
+
+/// The most bytes of a file of facts that are read.
+const LARGEST: u64 = 256 << 10;
 
 /// A file of facts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,7 +70,7 @@ impl FactsFile {
         } else {
             Box::new(fs::File::open(path).map_err(failed)?)
         };
-        let text = read_limited(file).map_err(failed)?;
+        let text = read_text_from(file, LARGEST).map_err(failed)?;
         let file = Self::from_json(&text).map_err(|source| FactsError::Format { path: path.to_owned(), source })?;
         for (index, (id, _)) in file.devices.iter().enumerate() {
             if file.devices.iter().take(index).any(|(other, _)| other == id) {
@@ -110,17 +114,6 @@ impl FactsFile {
         text.push('\n');
         text
     }
-}
-
-/// Reads a file that is not larger than any file of facts.
-fn read_limited(file: impl Read) -> io::Result<String> {
-    const LIMIT: u64 = 256 << 10;
-    let mut text = String::new();
-    let length = file.take(LIMIT + 1).read_to_string(&mut text)?;
-    if length as u64 > LIMIT {
-        return Err(io::Error::other(format!("it is larger than {LIMIT} bytes")));
-    }
-    Ok(text)
 }
 
 #[derive(Deserialize, Serialize)]

@@ -3,12 +3,12 @@
 //! All that a host's file systems say of a device's group, or copies of them from another host.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::bars::Bar;
 use super::bridge::{self, BridgeWindow, HostBridge, IomemError};
 use super::device_tree::{self, BridgeNode, DeviceTreeError};
+use super::limited;
 use super::sysfs::{IommuGroup, Sysfs, SysfsError};
 use super::{Fact, HostFacts, Source};
 use crate::id::PciAddress;
@@ -45,13 +45,14 @@ pub enum GatherError {
 
 impl Host {
     /// Whether this is the machine that we are on, with devices that can be opened.
-    pub fn is_here(&self) -> bool {
-        self.sysfs == Path::new("/sys")
+    #[cfg(feature = "daemon")]
+    pub(crate) fn is_here(&self) -> bool {
+        self.sysfs == std::path::Path::new("/sys")
     }
 
     /// The kernel's release, if it can be read.
     fn kernel(&self) -> Option<String> {
-        let release = fs::read_to_string(self.proc.join("sys/kernel/osrelease")).ok()?;
+        let release = limited::read_text(&self.proc.join("sys/kernel/osrelease")).ok()?;
         Some(release.trim().to_owned())
     }
 

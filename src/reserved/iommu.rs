@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::Driver;
+use super::{Driver, limited};
 use crate::range::{IovaRange, parse_address};
 
 /// The driver of the IOMMU that a device's `iommu` link leads to.
@@ -39,7 +39,7 @@ pub(super) fn driver(device: &Path) -> Driver {
 /// driver does not show them, or if they leave it open.
 pub(super) fn aperture(device: &Path) -> Option<IovaRange> {
     let register = |name: &str| {
-        let text = fs::read_to_string(device.join("iommu").join(name)).ok()?;
+        let text = limited::read_text(&device.join("iommu").join(name)).ok()?;
         // AMD's driver shows a second register after a colon.
         parse_address(text.trim().split(':').next()?).ok()
     };

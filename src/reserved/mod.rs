@@ -28,6 +28,8 @@ pub mod facts;
 pub mod gather;
 #[cfg(feature = "iommufd")]
 mod iommu;
+#[cfg(feature = "iommufd")]
+mod limited;
 pub mod plan;
 mod policy;
 #[cfg(feature = "daemon")]
@@ -89,6 +91,18 @@ impl EndpointView {
         }
         let refused = reported.iter().map(|region| region.range).collect();
         Ok(Self { reported, refused })
+    }
+
+    /// A view with these addresses, and with a doorbell, which is cut out of them.
+    pub(super) fn of(reserved: &RangeSet, msi: Option<IovaRange>) -> Self {
+        let reserved = reserved.subtract(&msi.into_iter().collect());
+        let region = |kind| move |range| ReservedRegion { range, kind };
+        let mut reported: Vec<ReservedRegion> =
+            reserved.ranges().iter().copied().map(region(ReservedKind::Reserved)).collect();
+        reported.extend(msi.map(region(ReservedKind::Msi)));
+        reported.sort_by_key(|region| region.range);
+        let refused = reported.iter().map(|region| region.range).collect();
+        Self { reported, refused }
     }
 
     /// The regions, ascending and disjoint, at most one of them MSI: what PROBE answers.
@@ -177,6 +191,15 @@ impl FromStr for HostRegion {
             other => HostRegionKind::Other(other.to_owned()),
         };
         Ok(Self { range, kind })
+    }
+}
+
+impl fmt::Display for ReservedKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reserved => "reserved",
+            Self::Msi => "msi",
+        })
     }
 }
 
@@ -286,13 +309,14 @@ pub struct HostFacts {
 
 impl HostFacts {
     /// Major and minor number of the kernel's release.
-    pub fn kernel_version(&self) -> Option<(u32, u32)> {
+    pub(crate) fn kernel_version(&self) -> Option<(u32, u32)> {
         let mut numbers = self.kernel.as_ref()?.split(|character: char| !character.is_ascii_digit());
         Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
     }
 
     /// What an operator should know of a group whose devices are not kept apart.
-    pub fn peer_to_peer_warning(&self) -> Option<&'static str> {
+    #[cfg(feature = "daemon")]
+    pub(crate) fn peer_to_peer_warning(&self) -> Option<&'static str> {
         let warning = "devices of this group can reach each other's BARs: where a guest maps the address of such a BAR, DMA goes \
                        to the BAR. --p2p carve-bars keeps the guest off";
         (self.acs_isolated == Some(false)).then_some(warning)

@@ -2,12 +2,13 @@
 
 //! From what the host shows to what the guest is told.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::policy::{Verdict, WithheldReason, classify};
 use super::widen::widen;
 use super::withheld::{Withheld, withheld};
-use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind, ReservedKind, ReservedRegion, ViewError};
+use super::{Driver, EndpointView, HostFacts, HostRegion, HostRegionKind};
 use crate::id::EndpointId;
 use crate::range::{IovaRange, RangeSet};
 use crate::spec;
@@ -19,7 +20,10 @@ pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
 };
 
 /// Where Linux puts the doorbell if the IOMMU's hardware has none (`MSI_IOVA_BASE`).
-const SOFTWARE_MSI: (u64, u64) = (0x0800_0000, 0x080f_ffff);
+const SOFTWARE_MSI: IovaRange = match IovaRange::new(0x0800_0000, 0x080f_ffff) {
+    Some(range) => range,
+    None => IovaRange::ALL,
+};
 
 /// What the operator chose.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,8 +36,9 @@ pub struct Policy {
     pub peer_to_peer: PeerToPeer,
     /// How many bits of address the guest is offered at most.
     pub max_address_width: Option<u8>,
-    /// The addresses that the guest is offered; `None` to take what the endpoints' facts allow. A device that has been
-    /// set up keeps what it has: an endpoint that is added later is planned for with its input range and probe size.
+    /// The addresses that the guest is offered, as far as `max_address_width` goes; `None` to take what the endpoints' facts
+    /// allow. A device that has been set up keeps what it has: an endpoint that is added later is planned for with its input
+    /// range and probe size.
     pub input_range: Option<IovaRange>,
     /// How many bytes of properties a PROBE may be answered with; `None` for as many as needed. Where they are too few,
     /// reserved regions are widened until they fit, never over guest memory.
@@ -176,14 +181,6 @@ pub enum PlanError {
         /// How many bytes there are.
         probe_size: u32,
     },
-    /// The regions cannot be reported together.
-    #[error("endpoint {endpoint}")]
-    View {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// What is wrong.
-        source: ViewError,
-    },
 }
 
 /// What the facts of one endpoint come to.
@@ -193,7 +190,7 @@ struct Findings {
     /// What is reserved, and is no window.
     reserved: RangeSet,
     /// Ranges that the host shows and that are windows.
-    windows_shown: Vec<(RangeSet, WithheldReason)>,
+    windows_shown: BTreeMap<WithheldReason, RangeSet>,
     advisories: Vec<Advisory>,
 }
 
@@ -221,31 +218,32 @@ pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Pl
 
 /// Classifies every region, and takes away what cannot be mapped.
 fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
-    let mut reserved = RangeSet::new();
-    let mut windows_shown = Vec::new();
+    let mut reserved: Vec<IovaRange> = Vec::new();
+    let mut windows_shown = BTreeMap::<WithheldReason, RangeSet>::new();
     let mut advisories = Vec::new();
     for region in facts.reserved_regions.iter().flatten() {
         let range = region.range;
         let advise = |kind| Advisory { range, kind };
         match classify(region, facts) {
-            Verdict::True => reserved.insert(range),
+            Verdict::True => reserved.push(range),
             Verdict::Relaxable => {
                 advisories.push(advise(AdvisoryKind::Relaxable));
                 if policy.relaxable == Relaxable::Report {
-                    reserved.insert(range);
+                    reserved.push(range);
                 }
             }
             Verdict::UnknownType => {
                 advisories.push(advise(AdvisoryKind::UnknownType));
-                reserved.insert(range);
+                reserved.push(range);
             }
             Verdict::WindowEnforced => {
                 advisories.push(advise(AdvisoryKind::WindowEnforced));
-                reserved.insert(range);
+                reserved.push(range);
             }
             Verdict::Window { withheld, reason } => {
-                reserved = reserved.union(&RangeSet::from(range).subtract(&withheld));
-                windows_shown.push((withheld, reason));
+                reserved.extend(RangeSet::from(range).subtract(&withheld).ranges());
+                let shown = windows_shown.entry(reason).or_default();
+                *shown = shown.union(&withheld);
             }
         }
         if is_software_msi(region, facts)
@@ -255,6 +253,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
             advisories.push(advise(AdvisoryKind::SwMsiOutsideInbound));
         }
     }
+    let reserved: RangeSet = reserved.into_iter().collect();
     let mut usable = RangeSet::from(facts.aperture.unwrap_or(IovaRange::ALL)).subtract(&reserved);
     if let Some(known) = &facts.usable {
         usable = usable.intersect(known);
@@ -271,14 +270,15 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
 
 fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
     region.kind == HostRegionKind::Msi
-        && (region.range.start(), region.range.last()) == SOFTWARE_MSI
+        && region.range == SOFTWARE_MSI
         && matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
 }
 
-/// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise.
+/// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise; in any case no wider
+/// than the operator wants.
 fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
-    if policy.input_range.is_some() {
-        return policy.input_range;
+    if let Some(range) = policy.input_range {
+        return range.intersection(widest(policy));
     }
     let start = findings.iter().filter_map(|found| found.usable.first()).map(IovaRange::start).min()?;
     let last = findings.iter().filter_map(|found| found.usable.last()).map(IovaRange::last).max()?;
@@ -286,7 +286,7 @@ fn input_range(policy: &Policy, findings: &[Findings]) -> Option<IovaRange> {
 }
 
 /// What the operator wants to offer at most.
-fn widest(policy: &Policy) -> IovaRange {
+pub(crate) fn widest(policy: &Policy) -> IovaRange {
     let last = match policy.max_address_width {
         Some(width) if width < 64 => (1 << width) - 1,
         _ => u64::MAX,
@@ -327,9 +327,7 @@ fn plan_endpoint(
     advisories.sort_by_key(|advisory| (advisory.range, advisory.kind));
     advisories.dedup();
 
-    let mut regions = regions_of(&reserved, ReservedKind::Reserved);
-    regions.extend(msi.map(|range| ReservedRegion { range, kind: ReservedKind::Msi }));
-    let view = EndpointView::new(regions).map_err(|source| PlanError::View { endpoint: id, source })?;
+    let view = EndpointView::of(&reserved, msi);
     // Regions that were widened, or the doorbell, may take all that could be mapped.
     if offered.subtract(view.refused()).is_empty() {
         return Err(PlanError::NothingUsable { endpoint: id, input_range });
@@ -353,16 +351,13 @@ fn fit(reserved: &RangeSet, msi: Option<IovaRange>, policy: &Policy) -> Result<R
     widened.ok_or((reserved.ranges().len() + doorbells, probe_size))
 }
 
-fn regions_of(set: &RangeSet, kind: ReservedKind) -> Vec<ReservedRegion> {
-    set.ranges().iter().map(|range| ReservedRegion { range: *range, kind }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::option::of;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::reserved::ReservedKind;
 
     fn regions() -> impl Strategy<Value = Vec<HostRegion>> {
         let kind = prop_oneof![
@@ -430,6 +425,25 @@ mod tests {
     fn one(policy: &Policy, facts: &HostFacts) -> Option<(IovaRange, EndpointPlan)> {
         let mut plan = plan(policy, &[(ID, facts.clone())]).ok()?;
         Some((plan.input_range, plan.endpoints.remove(0)))
+    }
+
+    /// Thousands of windows as a file of facts can have them, all in each of many regions: with work by the cube of their number
+    /// this would not end.
+    #[test]
+    fn many_windows_in_many_regions_are_planned() {
+        let windows = (0..4000u64).map(|at| IovaRange::new(at << 13, (at << 13) + 0xfff).unwrap());
+        let region = |at: u64| HostRegion {
+            range: IovaRange::new(0, (1 << 32) + (at << 12) + 0xfff).unwrap(),
+            kind: HostRegionKind::Reserved,
+        };
+        let facts = HostFacts {
+            driver: Driver::ArmSmmuV3,
+            reserved_regions: Some((0..500).map(region).collect()),
+            windows: Some(windows.collect()),
+            ..HostFacts::default()
+        };
+        let (_, planned) = one(&Policy::default(), &facts).unwrap();
+        assert_eq!(planned.withheld.len(), 4000);
     }
 
     proptest! {

@@ -57,15 +57,16 @@ pub(super) fn classify(region: &HostRegion, facts: &HostFacts) -> Verdict {
     if r1_never_exported(facts) {
         return Verdict::True;
     }
-    let windows = facts.windows.clone().unwrap_or_default();
+    let none = RangeSet::new();
+    let windows = facts.windows.as_ref().unwrap_or(&none);
     let whole = |reason| Verdict::Window { withheld: RangeSet::from(range), reason };
     let window = if r2_era(facts) {
         whole(WithheldReason::WindowByEra)
-    } else if r3_match(range, &windows) {
+    } else if r3_match(range, windows) {
         whole(WithheldReason::WindowByMatch)
-    } else if let Some(withheld) = r4_merged_neighbour(range, &windows).filter(|_| !r0_enforced(range, facts)) {
+    } else if let Some(withheld) = r4_merged_neighbour(range, windows).filter(|_| !r0_enforced(range, facts)) {
         return Verdict::Window { withheld, reason: WithheldReason::WindowByMatch };
-    } else if r5_bars(range, &windows, facts) {
+    } else if r5_bars(range, windows, facts) {
         whole(WithheldReason::WindowByBars)
     } else {
         return r6_true();

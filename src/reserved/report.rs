@@ -5,9 +5,9 @@
 use log::{info, warn};
 use serde::Serialize;
 
+use super::WithheldReason;
 use super::facts::{Facts, FactsFile};
 use super::plan::{Advisory, AdvisoryKind, EndpointPlan, Plan};
-use super::{ReservedKind, WithheldReason};
 use crate::range::IovaRange;
 
 #[derive(Serialize)]
@@ -32,7 +32,7 @@ struct Endpoint {
 struct Reserved {
     start: String,
     end: String,
-    subtype: &'static str,
+    subtype: String,
 }
 
 #[derive(Serialize)]
@@ -75,7 +75,7 @@ fn ends(range: IovaRange) -> [String; 2] {
 }
 
 /// The name of a reason.
-pub const fn reason_name(reason: WithheldReason) -> &'static str {
+pub(crate) const fn reason_name(reason: WithheldReason) -> &'static str {
     match reason {
         WithheldReason::WindowNotInSysfs => "window-not-in-sysfs",
         WithheldReason::WindowByMatch => "window-by-match",
@@ -86,7 +86,7 @@ pub const fn reason_name(reason: WithheldReason) -> &'static str {
 }
 
 /// The name of a kind of advisory.
-pub const fn advisory_name(kind: AdvisoryKind) -> &'static str {
+const fn advisory_name(kind: AdvisoryKind) -> &'static str {
     match kind {
         AdvisoryKind::Relaxable => "relaxable",
         AdvisoryKind::UnknownType => "unknown-type",
@@ -109,11 +109,7 @@ impl From<&EndpointPlan> for Endpoint {
     fn from(plan: &EndpointPlan) -> Self {
         let resv = plan.view.reported().iter().map(|region| {
             let [start, end] = ends(region.range);
-            let subtype = match region.kind {
-                ReservedKind::Reserved => "reserved",
-                ReservedKind::Msi => "msi",
-            };
-            Reserved { start, end, subtype }
+            Reserved { start, end, subtype: region.kind.to_string() }
         });
         let withheld = plan.withheld.iter().map(|withheld| {
             let [start, end] = ends(withheld.range);

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::bars::{Bar, bars};
 use super::bridge::HostBridge;
 use super::iommu;
+use super::limited;
 use super::{Driver, HostRegion, ParseRegionError};
 use crate::id::PciAddress;
 use crate::range::IovaRange;
@@ -110,9 +111,10 @@ impl Sysfs {
     }
 
     /// Whether a group is one that VFIO made up for a device without an IOMMU (`enable_unsafe_noiommu_mode`).
-    pub fn is_noiommu(&self, group: u32) -> bool {
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn is_noiommu(&self, group: u32) -> bool {
         let name = self.root.join("kernel/iommu_groups").join(group.to_string()).join("name");
-        fs::read_to_string(name).is_ok_and(|name| name.trim() == "vfio-noiommu")
+        limited::read_text(&name).is_ok_and(|name| name.trim() == "vfio-noiommu")
     }
 
     /// The name of the driver that a device is bound to.
@@ -129,7 +131,8 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn vfio_node(&self, address: PciAddress) -> Result<Option<String>, SysfsError> {
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn vfio_node(&self, address: PciAddress) -> Result<Option<String>, SysfsError> {
         let directory = self.device(address)?.join("vfio-dev");
         if !directory.exists() {
             return Ok(None);
@@ -142,7 +145,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
+    pub(super) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
         Ok(iommu::driver(&self.device(address)?))
     }
 
@@ -151,7 +154,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn aperture(&self, address: PciAddress) -> Result<Option<IovaRange>, SysfsError> {
+    pub(super) fn aperture(&self, address: PciAddress) -> Result<Option<IovaRange>, SysfsError> {
         Ok(iommu::aperture(&self.device(address)?))
     }
 
@@ -171,7 +174,7 @@ impl Sysfs {
 
     fn is_bridge(&self, address: PciAddress) -> Result<bool, SysfsError> {
         // Base class 6, sub-class 4: include/linux/pci_ids.h, PCI_CLASS_BRIDGE_PCI.
-        let class = fs::read_to_string(self.device(address)?.join("class")).unwrap_or_default();
+        let class = limited::read_text(&self.device(address)?.join("class")).unwrap_or_default();
         Ok(class.starts_with("0x0604"))
     }
 
@@ -180,7 +183,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn host_bridge(&self, address: PciAddress) -> Result<Option<HostBridge>, SysfsError> {
+    pub(super) fn host_bridge(&self, address: PciAddress) -> Result<Option<HostBridge>, SysfsError> {
         Ok(bridge_in(&self.device(address)?))
     }
 
@@ -189,7 +192,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub fn bridge_node(&self, address: PciAddress) -> Result<Option<PathBuf>, SysfsError> {
+    pub(super) fn bridge_node(&self, address: PciAddress) -> Result<Option<PathBuf>, SysfsError> {
         let device = self.device(address)?;
         let Ok(path) = fs::canonicalize(&device) else {
             return Ok(None);
@@ -255,7 +258,7 @@ fn members(directory: &Path) -> Result<Vec<PciAddress>, SysfsError> {
 const LONGEST_LIST: usize = 4096 - 64;
 
 fn reserved_regions(path: &Path) -> Result<Option<Vec<HostRegion>>, SysfsError> {
-    let text = match fs::read_to_string(path) {
+    let text = match limited::read_text(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(SysfsError::Read { path: path.to_owned(), source }),

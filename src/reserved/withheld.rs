@@ -2,6 +2,7 @@
 
 //! What is known of a host and not reported, each range with its reason and the evidence for it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use super::plan::{Inbound, Policy};
@@ -83,16 +84,16 @@ impl Evidence {
 /// not withheld, window or not. Ascending, disjoint.
 pub(super) fn withheld(
     facts: &HostFacts,
-    windows_shown: &[(RangeSet, WithheldReason)],
+    windows_shown: &BTreeMap<WithheldReason, RangeSet>,
     policy: &Policy,
     told: RangeSet,
 ) -> Vec<Withheld> {
-    let mut candidates = windows_shown.to_vec();
+    let mut candidates = windows_shown.clone();
     if let Some(windows) = &facts.windows {
-        candidates.push((windows.clone(), WithheldReason::WindowNotInSysfs));
+        candidates.insert(WithheldReason::WindowNotInSysfs, windows.clone());
     }
     if let Some(inbound) = facts.inbound.as_ref().filter(|_| policy.inbound == Inbound::Withhold) {
-        candidates.push((RangeSet::from(IovaRange::ALL).subtract(inbound), WithheldReason::InboundByPolicy));
+        candidates.insert(WithheldReason::InboundByPolicy, RangeSet::from(IovaRange::ALL).subtract(inbound));
     }
     let mut accounted = told;
     let mut withheld: Vec<Withheld> = Vec::new();
@@ -103,8 +104,7 @@ pub(super) fn withheld(
         WithheldReason::WindowNotInSysfs,
         WithheldReason::InboundByPolicy,
     ] {
-        let same = candidates.iter().filter(|(_, other)| *other == reason);
-        let all = same.fold(RangeSet::new(), |all, (ranges, _)| all.union(ranges)).subtract(&accounted);
+        let Some(all) = candidates.get(&reason).map(|all| all.subtract(&accounted)) else { continue };
         let found = all.ranges().iter().copied();
         withheld.extend(found.map(|range| Withheld { range, reason, evidence: Evidence::of(range, reason, facts) }));
         accounted = accounted.union(&all);

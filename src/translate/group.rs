@@ -12,9 +12,7 @@ use super::table::Table;
 use super::translator::Translator;
 use crate::access::Access;
 use crate::host::refused::RefusedAccesses;
-use crate::host::{
-    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, UnmapError,
-};
+use crate::host::{AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError};
 use crate::id::EndpointId;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
 use crate::memory::HostSegment;
@@ -99,8 +97,11 @@ impl HostGroup for EmulatedGroup {
 
     fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
         let table: &dyn Any = table.as_ref();
-        let Some(EmulatedTable { table, .. }) = table.downcast_ref() else {
-            let error = HostError::new(HostErrorKind::Incompatible, "attaching an emulated endpoint", None);
+        let own = table.downcast_ref::<EmulatedTable>();
+        let Some(EmulatedTable { table, .. }) = own.filter(|own| Arc::ptr_eq(&own.translation, &self.translation))
+        else {
+            let action = "attaching an emulated endpoint to the table of another translation";
+            let error = HostError::new(HostErrorKind::Incompatible, action, None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
         if let Err(error) = self.switch(Some(Arc::clone(table))) {
@@ -118,7 +119,7 @@ impl HostGroup for EmulatedGroup {
         }
     }
 
-    fn refused(&self) -> Option<&RefusedAccesses> {
+    fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         Some(&self.attachment.refused)
     }
 }
@@ -157,18 +158,18 @@ impl IoPageTable for EmulatedTable {
         Ok(())
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
         let failed = |action: &str| {
             let action = format!("no longer translating {iova} here: {action}");
-            UnmapError { error: HostError::new(HostErrorKind::Other, action, None), gone: 0 }
+            HostError::new(HostErrorKind::Other, action, None)
         };
         if is_pinned() {
             return Err(failed("the device was called by a thread that holds a translation"));
         }
         let gone = self.table.unmap(iova).map_err(|_| failed("a mapping reaches out of the range"))?;
         // After the wait for pins: nothing is filled in any more that was there before.
-        let forgotten = self.translation.caches.invalidate(&self.table, iova);
-        forgotten.map_err(|error| UnmapError { error, gone }).map(|()| gone)
+        self.translation.caches.invalidate(&self.table, iova)?;
+        Ok(gone)
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {

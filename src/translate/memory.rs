@@ -26,11 +26,6 @@ impl<'t, M: GuestMemoryBackend> IovaMemory<'t, M> {
     pub(super) const fn new(pinned: Pinned<'t>, physical: &'t M) -> Self {
         Self { pinned, physical }
     }
-
-    /// What translates.
-    pub const fn pinned(&self) -> &Pinned<'t> {
-        &self.pinned
-    }
 }
 
 impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
@@ -68,7 +63,7 @@ impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
         let whole = self.pinned.translate(addr.0, count, access).ok().filter(|found| found.length == count);
         let mut segments = if whole.is_some() { None } else { Some(self.pinned.segments(addr.0, count, access)) };
         let mut current = whole.map(|found| GuestMemoryBackend::get_slices(physical, found.start, found.length));
-        Ok(Slices(std::iter::from_fn(move || {
+        let pieces = std::iter::from_fn(move || {
             loop {
                 if let Some(slice) = current.as_mut().and_then(Iterator::next) {
                     return Some(slice);
@@ -80,19 +75,28 @@ impl<M: GuestMemoryBackend> GuestMemory for IovaMemory<'_, M> {
                     Err(fault) => return Some(Err(error_of(fault))),
                 }
             }
-        })))
+        });
+        Ok(Slices { pieces, ended: false })
     }
 }
 
-/// Ends with the first error.
-struct Slices<I>(I);
+/// Ends with the first error: `stop_on_error()` of vm-memory passes over errors, and would go on with what comes behind.
+struct Slices<I> {
+    pieces: I,
+    ended: bool,
+}
 
 impl<'a, B: BitmapSlice, I: Iterator<Item = Result<VolatileSlice<'a, B>>>> Iterator for Slices<I> {
     type Item = I::Item;
 
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        self.0.next()
+        if self.ended {
+            return None;
+        }
+        let piece = self.pieces.next();
+        self.ended = !matches!(piece, Some(Ok(_)));
+        piece
     }
 }
 

@@ -9,11 +9,11 @@
 //! # What UNMAP promises
 //!
 //! When UNMAP is answered with OK, every use of a translation in its range that had begun is over, and none can begin; the same
-//! holds for DETACH, for ATTACH to another domain, and for memory that leaves. It is a barrier: the request waits for whoever
-//! is pinned then, so nobody should be for longer than it takes to copy something, and no thread that is pinned may call the
-//! device. This holds for [`Translator::with_translation`] and [`IovaMemory`], whose slices cannot outlive it, and for whoever keeps
-//! translations as a [`TranslationCache`], which is told to forget them before the answer. It does not hold for [`IommuAdapter`],
-//! which has no say in how long its caller keeps a slice.
+//! holds for DETACH, for ATTACH to another domain, and for memory that leaves. It is a barrier: the request waits for whoever is
+//! pinned then, by any [`Translation`] of the process, so nobody should be for longer than it takes to copy something, and no
+//! thread that is pinned may call the device. This holds for [`Translator::with_translation`] and [`IovaMemory`], whose slices
+//! cannot outlive it, and for whoever keeps translations as a [`TranslationCache`], which is told to forget them before the
+//! answer. It does not hold for [`IommuAdapter`], which has no say in how long its caller keeps a slice.
 //!
 //! # Locks
 //!
@@ -90,6 +90,10 @@ pub struct Translation {
 
 impl Translation {
     /// A translation without groups.
+    ///
+    /// # Panics
+    ///
+    /// There is no room for the nodes among the addresses of this process. (Memory is taken as they come into use.)
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self { limits, arena: Arc::new(Arena::new(limits.nodes)), caches: Caches::default() })
     }

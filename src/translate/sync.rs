@@ -12,17 +12,37 @@ pub(super) use self::real::{AtomicU64, Exchanged, Loaded, Mutex, Pin, is_pinned,
 
 #[cfg(not(loom))]
 mod real {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, LazyLock};
+
+    use crossbeam_epoch::{Collector, LocalHandle};
 
     pub(in super::super) use std::sync::Mutex;
     pub(in super::super) use std::sync::atomic::AtomicU64;
 
     pub(in super::super) use arc_swap::ArcSwapOption as Exchanged;
-    pub(in super::super) use crossbeam_epoch::{Guard as Pin, is_pinned, pin};
+    pub(in super::super) use crossbeam_epoch::Guard as Pin;
 
     /// What was found in an [`Exchanged`].
     pub(in super::super) type Loaded<T> = arc_swap::Guard<Option<Arc<T>>>;
+
+    /// Whose pins are waited for: those of this crate. The library's own collector is everybody's in the process, and whoever is
+    /// pinned there for long would hold up each UNMAP.
+    static COLLECTOR: LazyLock<Collector> = LazyLock::new(Collector::new);
+
+    thread_local! {
+        static HANDLE: LocalHandle = COLLECTOR.register();
+    }
+
+    /// Pins the thread, also one that is about to end and has lost its handle.
+    #[inline]
+    pub(in super::super) fn pin() -> Pin {
+        HANDLE.try_with(LocalHandle::pin).unwrap_or_else(|_| COLLECTOR.register().pin())
+    }
+
+    pub(in super::super) fn is_pinned() -> bool {
+        HANDLE.try_with(LocalHandle::is_pinned).unwrap_or(false)
+    }
 
     /// A function that is deferred runs when everybody who was pinned then is not any more.
     pub(in super::super) fn wait_for_pins() {

@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 use vhost::VhostIotlbBackend;
 use vm_memory::{Address, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
@@ -82,6 +83,9 @@ pub enum NewVhostIotlbError {
     /// There are too many open files, or it is none.
     #[error("duplicating a vhost device's file")]
     Duplicate(#[source] io::Error),
+    /// The file blocks who reads from it: it must be opened with `O_NONBLOCK`.
+    #[error("the vhost device's file blocks: open it with O_NONBLOCK")]
+    Blocking,
 }
 
 impl<B, M> VhostIotlb<B, M>
@@ -93,6 +97,9 @@ where
     /// Answers for the device of an endpoint. `memory` is guest memory as the VMM has mapped it; it is replaced before the IOMMU
     /// hears of it. `stop` is called if the kernel does not take an invalidation, on the thread that calls the IOMMU: it takes
     /// the device off its queues (for vhost-net, by taking its backend away) before it returns, and does not call the IOMMU.
+    ///
+    /// The device's file must not block who reads from it (`O_NONBLOCK`): questions are read until there are none. It is refused
+    /// rather than changed, as whoever opened it may have duplicates.
     ///
     /// # Errors
     ///
@@ -106,6 +113,10 @@ where
     ) -> Result<Arc<Self>, NewVhostIotlbError> {
         let translator = group.translator(endpoint).ok_or(NewVhostIotlbError::NotAMember(endpoint))?;
         let messages = duplicate(&device).map_err(NewVhostIotlbError::Duplicate)?;
+        let flags = fcntl_getfl(&messages).map_err(|errno| NewVhostIotlbError::Duplicate(errno.into()))?;
+        if !flags.contains(OFlags::NONBLOCK) {
+            return Err(NewVhostIotlbError::Blocking);
+        }
         let unanswered = Mutex::default();
         let iotlb = Arc::new(Self { device, messages, translator, memory, unanswered, stop: Box::new(stop) });
         let cache = Arc::downgrade(&iotlb);
@@ -120,11 +131,16 @@ where
 
     /// Tells the device what an address translates to before it asks. To be called for the first byte of each queue's used ring, for
     /// writing, when the driver has set the queues up: the kernel writes there while the device is started, and does not wait.
+    /// No access is nothing to tell.
     ///
     /// # Errors
     ///
     /// [`VhostIotlbError::Answer`]
     pub fn tell(&self, iova: u64, access: Access) -> Result<(), VhostIotlbError> {
+        if access.is_none() {
+            // An entry without permissions would have the kernel refuse later accesses rather than ask.
+            return Ok(());
+        }
         self.answer(Miss { iova, access }).map_err(VhostIotlbError::Answer)
     }
 

@@ -2,6 +2,7 @@
 
 //! The daemon's command line.
 
+use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,6 +10,7 @@ use std::str::FromStr;
 use clap::{Parser, ValueEnum};
 
 use super::backend::OnStop;
+use super::logging::LogFormat;
 use crate::control::Place;
 use crate::id::{EndpointId, PciAddress};
 use crate::queue::Polling;
@@ -19,13 +21,40 @@ use crate::reserved::arguments::PolicyArguments;
 /// The host IOMMU's true reserved regions are reported to the guest, per endpoint; the guest's mappings are carried into
 /// the host's IOMMU through iommufd. The launcher opens /dev/iommu and the devices' /dev/vfio/devices/vfioN and passes
 /// the same files to the VMM and to this process. One frontend is served; when it is gone every endpoint is blocked.
+///
+/// The process stays in the foreground. It exits with 0 when all was well (SIGTERM included), 1 for what went wrong at run time,
+/// 2 for the arguments, 3 for the host, 4 for a frontend that broke the protocol.
 #[derive(Clone, Debug, Parser)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 #[command(name = "vhost-device-iommu", version, max_term_width = 100)]
 pub struct Arguments {
     /// Path of the vhost-user socket. It is created, with access for its owner only; a socket that nobody listens on
     /// is replaced.
-    #[arg(long, value_name = "PATH")]
-    pub socket_path: PathBuf,
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Number of the inherited vhost-user socket: one that listens, or one that the frontend is connected to. Without this and
+    /// --socket-path the socket is the one that the service manager passes (`LISTEN_FDS`).
+    #[arg(long, value_name = "FDNUM")]
+    pub fd: Option<RawFd>,
+
+    /// Number of an inherited file: as soon as a frontend can connect, a newline is written to it, and it is closed. A service
+    /// manager that waits on `NOTIFY_SOCKET` is told in any case.
+    #[arg(long, value_name = "FD")]
+    pub ready_fd: Option<RawFd>,
+
+    /// Print what kind of vhost-user backend this is, as JSON, and exit. Whatever else is given is ignored.
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Check arguments, passed files and facts, print what the guest would be told of each endpoint, and exit as a start would.
+    /// Nothing is served, and no socket is touched.
+    #[arg(long)]
+    pub check: bool,
+
+    /// With --check: print JSON instead of tables.
+    #[arg(long, requires = "check")]
+    pub json: bool,
 
     /// Path of a control socket, for viommuctl: what there is, and adding and removing devices while the guest runs. It is created,
     /// with access for its owner only, in a directory that nobody else can write to; one that is not there is created.
@@ -42,7 +71,8 @@ pub struct Arguments {
 
     /// An assigned device: what the guest calls it, the number of its inherited VFIO device file, and optionally its
     /// address on the host, which is then checked. Can be given several times; all devices of a host IOMMU group that
-    /// are bound to VFIO must be.
+    /// are bound to VFIO must be. With none, the guest is offered --input-range, or as many bits of address as --max-address-width
+    /// says, or 48.
     #[arg(long, value_name = "id=BDF,cdev-fd=FD[,host=BDF]", requires = "iommufd_fd")]
     pub endpoint: Vec<EndpointArgument>,
 
@@ -90,9 +120,24 @@ pub struct Arguments {
     #[arg(long)]
     pub exit_with_parent: bool,
 
-    /// How much to log: error, warn, info, debug or trace.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    pub log_level: log::LevelFilter,
+    /// How much to log: off, error, warn, info, debug or trace. By default what `RUST_LOG` says, else info; with both, what both
+    /// let pass.
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<log::LevelFilter>,
+
+    /// How lines of the log look: `text`; `json`, an object for each line; `journal`, with the priorities that systemd's journal reads.
+    #[arg(long, value_name = "text|json|journal", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// What `--print-capabilities` prints: `VHostUserBackendCapabilities` of QEMU's docs/interop/vhost-user.json, whose list of types has
+/// no `iommu` yet.
+pub const CAPABILITIES: &str = r#"{"type": "iommu"}"#;
+
+/// Whether a command line asks for [`CAPABILITIES`]. By QEMU's conventions for backends whatever else is there is then ignored, so this
+/// is to be asked before the command line is parsed.
+pub fn asks_for_capabilities(mut arguments: impl Iterator<Item = OsString>) -> bool {
+    arguments.any(|argument| argument == "--print-capabilities")
 }
 
 impl Arguments {

@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
-use log::{debug, error, info, warn};
+use log::{Level, debug, error, info, log, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
@@ -77,8 +77,12 @@ pub struct IommuBackend {
     pub(super) state: Mutex<State>,
     /// What is told of faults.
     pub(super) fault_listener: OnceLock<FaultListener>,
+    /// There is a daemon, or was.
+    has_daemon: AtomicBool,
     /// The library's event loop is to end.
     loop_ends: AtomicBool,
+    /// It was said that the frontend cannot be notified.
+    unnotified: AtomicBool,
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
@@ -134,7 +138,9 @@ impl IommuBackend {
             watch,
             state: Mutex::new(state),
             fault_listener: OnceLock::new(),
+            has_daemon: AtomicBool::new(false),
             loop_ends: AtomicBool::new(false),
+            unnotified: AtomicBool::new(false),
             again,
         })
     }
@@ -156,20 +162,31 @@ impl IommuBackend {
     }
 
     /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
-    /// only.
+    /// only: what the frontend said of features, rings and memory is not another's.
     ///
     /// # Errors
     ///
-    /// The library cannot make its threads and events.
+    /// [`io::ErrorKind::AlreadyExists`] if there is one, or was; or the library cannot make its threads and events.
     pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
-        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
-        let daemon = BackendDaemon { library, backend: Arc::clone(self) };
-        for handler in daemon.get_epoll_handlers() {
-            handler
-                .register_listener(self.again.0.as_raw_fd(), EventSet::IN, u64::from(CONTINUE_EVENT))
-                .map_err(DaemonError::StartDaemon)?;
+        if self.has_daemon.swap(true, Ordering::AcqRel) {
+            let error = io::Error::new(io::ErrorKind::AlreadyExists, "a backend has one daemon: make another backend");
+            return Err(DaemonError::StartDaemon(error));
         }
-        Ok(daemon)
+        let library = self.library(name).inspect_err(|_| self.has_daemon.store(false, Ordering::Release))?;
+        Ok(BackendDaemon { library, backend: Arc::clone(self) })
+    }
+
+    fn library(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
+        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
+        for handler in library.get_epoll_handlers() {
+            let again = self.again.0.as_raw_fd();
+            if let Err(error) = handler.register_listener(again, EventSet::IN, u64::from(CONTINUE_EVENT)) {
+                // Dropping it waits for the rings' thread, which nothing would wake.
+                std::mem::forget(library);
+                return Err(DaemonError::StartDaemon(error));
+            }
+        }
+        Ok(library)
     }
 
     /// Ends the library's event loop.
@@ -218,8 +235,12 @@ impl IommuBackend {
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
         // down. Between the steps of a large MAP whoever waits for the device has it first.
         MutexGuard::unlock_fair(state);
-        notify(handled.notify.then_some(requests));
-        notify(delivered.notify.then_some(events));
+        if handled.notify {
+            self.note_unnotified(requests.signal_used_queue());
+        }
+        if delivered.notify {
+            self.note_unnotified(events.signal_used_queue());
+        }
         let more = handled.more || delivered.more;
         if more {
             self.look_again();
@@ -252,6 +273,15 @@ impl IommuBackend {
     fn look_again(&self) {
         if self.again.1.notify().is_err() {
             error!("cannot go on with what is left in the rings: waiting for the driver's next kick");
+        }
+    }
+
+    /// Says once that the frontend cannot be notified: it can have that so for every batch.
+    fn note_unnotified(&self, signalled: io::Result<()>) {
+        if let Err(error) = signalled
+            && !self.unnotified.swap(true, Ordering::Relaxed)
+        {
+            debug!("the frontend cannot be notified: {error}");
         }
     }
 
@@ -314,12 +344,6 @@ impl IommuBackend {
     }
 }
 
-fn notify(vring: Option<&Vring>) {
-    if let Some(Err(error)) = vring.map(VringT::signal_used_queue) {
-        debug!("the frontend cannot be notified: {error}");
-    }
-}
-
 impl fmt::Debug for IommuBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IommuBackend").field("options", &self.options).finish_non_exhaustive()
@@ -333,16 +357,21 @@ impl State {
             return;
         };
         let queue = vring.get_queue();
-        match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
-            Start::Resume => info!("the guest goes on"),
-            Start::Reset => {
-                info!("the guest reset the device");
-                self.reset();
-            }
-            Start::Unexpected => {
-                warn!("the frontend started the request ring elsewhere than it stopped it: taking it for a reset");
-                self.reset();
-            }
+        let (resets, level, what) =
+            match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
+                Start::Resume => (false, Level::Info, "the guest goes on"),
+                Start::Reset => (true, Level::Info, "the guest reset the device"),
+                Start::Unexpected => (
+                    true,
+                    Level::Warn,
+                    "the frontend started the request ring elsewhere than it stopped it: taking it for a reset",
+                ),
+            };
+        if self.may_log() {
+            log!(level, "{what}");
+        }
+        if resets {
+            self.reset();
         }
     }
 
@@ -368,7 +397,7 @@ impl State {
         }
     }
 
-    /// Whether another line may be logged that the guest can cause.
+    /// Whether another line may be logged that the guest or the frontend can cause.
     fn may_log(&mut self) -> bool {
         match self.throttle.ask(Instant::now()) {
             Pass::No => false,
@@ -415,8 +444,10 @@ impl VhostUserBackend for IommuBackend {
     }
 
     fn reset_device(&self) {
-        info!("the frontend reset the device");
         let mut state = self.state.lock();
+        if state.may_log() {
+            info!("the frontend reset the device");
+        }
         state.features = 0;
         state.request_ring = RequestRing::default();
         state.device.reset();
@@ -476,8 +507,8 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        if let Some(Err(error)) = to_notify.map(|vring| vring.signal_without_waiting()) {
-            debug!("the frontend cannot be notified: {error}");
+        if let Some(vring) = to_notify {
+            self.note_unnotified(vring.signal_without_waiting());
         }
         Ok(())
     }

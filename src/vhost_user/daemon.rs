@@ -6,12 +6,13 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+use log::debug;
 use vhost_user_backend::VhostUserDaemon;
 
 use super::backend::IommuBackend;
 
-/// The library's daemon for a backend, as [`IommuBackend::daemon`] makes it. Dropping it closes the connection and waits until the
-/// rings are served no more.
+/// The library's daemon for a backend, as [`IommuBackend::daemon`] makes it. Dropping it closes the connection and waits until no
+/// thread of the library's calls the backend any more; a frontend's event file that blocks holds that up.
 pub struct BackendDaemon {
     pub(super) library: VhostUserDaemon<Arc<IommuBackend>>,
     pub(super) backend: Arc<IommuBackend>,
@@ -32,8 +33,13 @@ impl DerefMut for BackendDaemon {
 }
 
 impl Drop for BackendDaemon {
-    /// The library's own way to end its event loop leaves a descriptor open for each daemon.
     fn drop(&mut self) {
+        // The library alone would leave the connection's thread behind, and the rings' with it.
+        self.library.request_shutdown();
+        if let Err(error) = self.library.wait() {
+            debug!("the connection ended: {error}");
+        }
+        // The library's own way to end its event loop leaves a descriptor open for each daemon.
         self.backend.end_event_loop();
     }
 }

@@ -7,12 +7,22 @@
 //! gone, and calls [`IommuBackend::shut_down`] then. All else is the daemon's.
 
 #[cfg(feature = "daemon")]
+mod activation;
+#[cfg(feature = "daemon")]
 mod args;
 mod backend;
 mod daemon;
 #[cfg(feature = "daemon")]
+mod incoming;
+#[cfg(feature = "daemon")]
+mod logging;
+#[cfg(feature = "daemon")]
 mod nodes;
 mod operator;
+#[cfg(feature = "daemon")]
+mod readiness;
+#[cfg(feature = "daemon")]
+mod relay;
 mod restart;
 #[cfg(feature = "daemon")]
 mod serve;
@@ -26,14 +36,22 @@ mod vring;
 mod watcher;
 
 #[cfg(feature = "daemon")]
-pub use args::{Arguments, EndpointArgument, OnOff, ParseEndpointError};
+pub use activation::ActivationError;
+#[cfg(feature = "daemon")]
+pub use args::{Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
 pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
-pub use serve::{ServeError, serve};
+pub use incoming::IncomingError;
 #[cfg(feature = "daemon")]
-pub use setup::{BuiltDevice, SetupError, build_device};
+pub use logging::{LogFormat, start_log};
 #[cfg(feature = "daemon")]
-pub use socket::{SocketError, bind};
+pub use serve::{ServeError, check, serve};
+#[cfg(feature = "daemon")]
+pub use setup::SetupError;
+#[cfg(feature = "daemon")]
+pub use socket::SocketError;
+#[cfg(feature = "daemon")]
+pub(crate) use socket::{bind, make_room};
 #[cfg(feature = "daemon")]
 pub use watcher::watch_if_asked;

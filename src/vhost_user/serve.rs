@@ -2,8 +2,9 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
+use std::mem::ManuallyDrop;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -19,11 +20,14 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
+use super::incoming::{Incoming, IncomingError, Source};
 use super::nodes::{self, NodeWatch};
+use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
-use super::socket::{SocketError, bind};
 use super::watcher::Watcher;
 use crate::control::{ControlServer, DeviceFiles, Keeper, Limits, ListenError, Pluggable, Registry, VfioFiles, listen};
+use crate::fd::{AdoptError, adopt_writable};
+use crate::reserved::plan::Plan;
 
 /// How long the connection's thread has to end after a signal.
 const GRACE: Duration = Duration::from_secs(1);
@@ -36,7 +40,10 @@ pub enum ServeError {
     Setup(#[from] SetupError),
     /// The socket cannot be had.
     #[error(transparent)]
-    Socket(#[from] SocketError),
+    Incoming(#[from] IncomingError),
+    /// Whoever waits for this process cannot be told.
+    #[error("--ready-fd")]
+    Ready(#[source] AdoptError),
     /// The control socket cannot be had.
     #[error("control socket: {0}")]
     Listen(#[from] ListenError),
@@ -58,15 +65,16 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol.
+    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol. 5 is kept for a process that cannot be confined.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Setup(error) if error.is_usage() => 2,
             Self::Setup(_) => 3,
-            Self::Socket(SocketError::NotASocket(_) | SocketError::InUse(_)) => 2,
+            Self::Incoming(error) if error.is_usage() => 2,
+            Self::Ready(_) => 2,
             Self::Protocol(_) => 4,
             Self::Listen(error) if error.is_usage() => 2,
-            Self::Socket(_)
+            Self::Incoming(_)
             | Self::Listen(_)
             | Self::Control(_)
             | Self::Watcher(_)
@@ -76,7 +84,22 @@ impl ServeError {
     }
 }
 
-/// Sets the device up, serves one frontend, and blocks every endpoint when it is gone.
+/// Checks all that can be checked without serving, and returns what the guest would be told. Nothing is changed, but the files that
+/// the arguments name are taken over.
+///
+/// # Errors
+///
+/// What [`serve`] would answer.
+pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
+    let (source, _ready) = take_passed(arguments)?;
+    let BuiltDevice { plan, .. } = build_device(arguments)?;
+    source.examine()?;
+    Ok(plan)
+}
+
+/// Sets the device up, serves one frontend, and blocks every endpoint when it is gone. For the program's `main` alone, after
+/// [`watch_if_asked`](super::watch_if_asked), as this program is started once more to watch the devices; and the process is to end
+/// when this returns: some threads are left to end with it.
 ///
 /// # Errors
 ///
@@ -85,8 +108,11 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
+    // Before the watcher, which must not hold them.
+    let (source, ready) = take_passed(arguments)?;
+    let readiness = Readiness::new(ready, ServiceManager::from_environment());
     let control = arguments.control_place().map(listen).transpose()?;
-    let result = serve_controlled(arguments, control);
+    let result = serve_controlled(arguments, source, readiness, control);
     if let Some(path) = &arguments.control_path {
         // That it is gone already is no failure.
         let _ = fs::remove_file(path);
@@ -94,13 +120,25 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     result
 }
 
-fn serve_controlled(arguments: &Arguments, control: Option<UnixListener>) -> Result<(), ServeError> {
+/// Takes over the socket, and the file by which readiness is told.
+fn take_passed(arguments: &Arguments) -> Result<(Source, Option<File>), ServeError> {
+    let source = Source::find(arguments)?;
+    let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
+    Ok((source, ready))
+}
+
+fn serve_controlled(
+    arguments: &Arguments,
+    source: Source,
+    readiness: Readiness,
+    control: Option<UnixListener>,
+) -> Result<(), ServeError> {
     // Before the files are adopted: it inherits them as they are.
     let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
     let is_needed = !files.is_empty() || control.is_some() && arguments.iommufd_fd.is_some();
     let watcher = is_needed.then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
 
-    let BuiltDevice { device, endpoints, iommufd } = build_device(arguments)?;
+    let BuiltDevice { device, endpoints, iommufd, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
     let pluggable = Pluggable {
@@ -110,14 +148,15 @@ fn serve_controlled(arguments: &Arguments, control: Option<UnixListener>) -> Res
         directory: nodes::DIRECTORY.into(),
     };
     let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
-    let result = serve_endpoints(arguments, &backend, &registry, control);
+    let result = serve_endpoints(source, readiness, &backend, &registry, control);
     // What was to be let go was.
     registry.close();
     result
 }
 
 fn serve_endpoints(
-    arguments: &Arguments,
+    source: Source,
+    readiness: Readiness,
     backend: &Arc<IommuBackend>,
     registry: &Arc<Registry>,
     control: Option<UnixListener>,
@@ -127,16 +166,18 @@ fn serve_endpoints(
         watch_nodes(registry, can_add).map_err(ServeError::Events)?;
     }
     let mut signals = Signals::new().map_err(ServeError::Events)?;
-    let listener = bind(&arguments.socket_path)?;
+    // A path that this process listens on is removed when this returns: nobody else can connect.
+    let Incoming { listener, leftover: _leftover } = source.open()?;
     if let Some(control) = control {
         serve_control(control, registry).map_err(ServeError::Control)?;
     }
-    info!("listening on {}", arguments.socket_path.display());
-    let connected = signals.wait_for_frontend(&listener).map_err(ServeError::Events)?;
-    let result = if connected { serve_frontend(backend, listener, signals) } else { Ok(()) };
-    // Nobody else can connect. That the socket is gone already is no failure.
-    let _ = fs::remove_file(&arguments.socket_path);
-    result
+    let manager = readiness.ready();
+    if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
+        serve_frontend(backend, listener, signals, &manager)
+    } else {
+        manager.stopping();
+        Ok(())
+    }
 }
 
 fn serve_control(listener: UnixListener, registry: &Arc<Registry>) -> io::Result<()> {
@@ -175,23 +216,31 @@ fn follow_parent() -> io::Result<()> {
     Ok(())
 }
 
-fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: Signals) -> Result<(), ServeError> {
-    let mut daemon = backend.daemon("vhost-user").map_err(ServeError::Daemon)?;
+fn serve_frontend(
+    backend: &Arc<IommuBackend>,
+    listener: UnixListener,
+    signals: Signals,
+    manager: &ServiceManager,
+) -> Result<(), ServeError> {
+    // Never dropped: that waits for the library's threads, which files of the frontend's may hold up. They end with the process.
+    let mut daemon = ManuallyDrop::new(backend.daemon("vhost-user").map_err(ServeError::Daemon)?);
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
+    manager.serving();
     let ended = Arc::new(AtomicBool::new(false));
     if let Some(handle) = daemon.shutdown_handle() {
-        let (backend, ended) = (Arc::clone(backend), Arc::clone(&ended));
-        let stop = move || signals.then(|| stop_now(&handle, &backend, &ended));
-        std::thread::Builder::new().name("signals".to_owned()).spawn(stop).map_err(ServeError::Events)?;
+        let (stopped, ended) = (Arc::clone(backend), Arc::clone(&ended));
+        let stop = move || signals.then(|| stop_now(&handle, &stopped, &ended));
+        if let Err(error) = std::thread::Builder::new().name("signals".to_owned()).spawn(stop) {
+            daemon.request_shutdown();
+            block_all(backend);
+            return Err(ServeError::Events(error));
+        }
     }
     let result = daemon.wait();
     ended.store(true, Ordering::Release);
-    // First of all: the library's own threads may be held up by files of the frontend's.
-    let statistics = backend.shut_down();
-    info!("every endpoint is blocked; {statistics}");
-    // Dropping it waits for those threads.
-    std::thread::spawn(move || drop(daemon));
+    manager.stopping();
+    block_all(backend);
     match result {
         Ok(()) => info!("the connection is closed"),
         Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
@@ -201,6 +250,12 @@ fn serve_frontend(backend: &Arc<IommuBackend>, listener: UnixListener, signals: 
         Err(error) => return Err(ServeError::Daemon(error)),
     }
     Ok(())
+}
+
+/// What the watcher is told when the process ends is so.
+fn block_all(backend: &IommuBackend) {
+    let statistics = backend.shut_down();
+    info!("every endpoint is blocked; {statistics}");
 }
 
 /// Ends what a signal asked to end, even if the library's threads are held up by files of the frontend's.

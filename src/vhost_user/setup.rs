@@ -12,7 +12,7 @@ use log::{info, warn};
 use rustix::fs::fstat;
 
 use super::args::{Arguments, EndpointArgument, OnOff};
-use crate::control::AssignedDevice;
+use crate::control::{AssignedDevice, MOST_ENDPOINTS};
 use crate::device::{self, Settings, VirtioIommu};
 use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
@@ -23,13 +23,19 @@ use crate::reserved::HostFacts;
 use crate::reserved::facts::{FactsError, FactsFile};
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::plan::EndpointPlan;
-use crate::reserved::plan::{Plan, PlanError, Policy, plan};
+use crate::reserved::plan::{Plan, PlanError, Policy, plan, widest};
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
 use crate::spec;
+
+/// How many bits of address the guest is offered if nobody says: what four levels of page tables translate.
+const DEFAULT_ADDRESS_WIDTH: u8 = 48;
 
 /// A device that cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
+    /// There are more endpoints than are watched over.
+    #[error("{0} endpoints are given, and there can be {MOST_ENDPOINTS}: give the others to another daemon")]
+    TooManyEndpoints(usize),
     /// A passed file cannot be used.
     #[error(transparent)]
     File(#[from] AdoptError),
@@ -46,7 +52,7 @@ pub enum SetupError {
     #[error(transparent)]
     Facts(#[from] FactsError),
     /// A device file cannot be traced to its device.
-    #[error("cannot tell which device /dev/{node} is for")]
+    #[error("cannot tell which device /dev/{node} is for: {} does not lead to one", .path.display())]
     Untraceable {
         /// The device node.
         node: String,
@@ -148,7 +154,8 @@ impl SetupError {
     /// Whether the arguments are at fault, rather than the host.
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::File(_)
+            Self::TooManyEndpoints(_)
+            | Self::File(_)
             | Self::UnknownWidth { .. }
             | Self::Facts(_)
             | Self::WrongFile(_)
@@ -182,11 +189,13 @@ struct Assigned {
     facts: HostFacts,
 }
 
-/// A device, and what its endpoints are on the host.
+/// A device, what its guest is told, and what its endpoints are on the host.
 #[derive(Debug)]
 pub struct BuiltDevice {
     /// The device.
     pub device: VirtioIommu,
+    /// What the guest is told.
+    pub plan: Plan,
     /// Its endpoints, in the order of the arguments.
     pub endpoints: Vec<AssignedDevice>,
     /// The iommufd, if one was passed.
@@ -199,6 +208,9 @@ pub struct BuiltDevice {
 ///
 /// [`SetupError`]
 pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
+    if arguments.endpoint.len() > MOST_ENDPOINTS {
+        return Err(SetupError::TooManyEndpoints(arguments.endpoint.len()));
+    }
     let sysfs = Sysfs::new("/sys");
     let iommufd = arguments.iommufd_fd.map(|number| adopt(number, FileKind::Iommufd)).transpose()?;
     let facts = arguments.facts.as_deref().map(FactsFile::read).transpose()?;
@@ -209,7 +221,7 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
     check_distinct(assigned.iter().map(|assigned| (assigned.id, assigned.host)))?;
     check_groups(&sysfs, &assigned)?;
 
-    let policy = arguments.policy.policy();
+    let policy = policy(arguments);
     let known: Vec<_> = assigned.iter().map(|assigned| (assigned.id, assigned.facts.clone())).collect();
     check_width(&policy, &known)?;
     let plan = plan(&policy, &known)?;
@@ -218,12 +230,29 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
         log_plan(assigned, planned);
     }
     let settings = settings(arguments, &plan);
+    if assigned.is_empty() {
+        let (range, granule) = (settings.input_range, settings.granule);
+        info!(
+            "no endpoint is given: the guest is offered {range} in pages of {granule} bytes, whatever is added later"
+        );
+    }
     let endpoints: Vec<_> =
         assigned.iter().zip(&plan.endpoints).map(|(assigned, planned)| assigned.with_plan(planned)).collect();
-    let views = plan.endpoints.into_iter().map(|planned| (planned.id, planned.view)).collect();
+    let views = plan.endpoints.iter().map(|planned| (planned.id, planned.view.clone())).collect();
     let iommufd = iommufd.map(|Adopted { file, .. }| Iommufd::new(file)).transpose()?.map(Arc::new);
     let groups = iommufd.as_ref().map_or_else(Vec::new, |iommufd| form_groups(iommufd, assigned));
-    Ok(BuiltDevice { device: VirtioIommu::new(settings, views, groups)?, endpoints, iommufd })
+    Ok(BuiltDevice { device: VirtioIommu::new(settings, views, groups)?, plan, endpoints, iommufd })
+}
+
+/// The operator's policy. Without an endpoint to say how far addresses go, and without the operator, the guest is offered as many as
+/// most hosts have; what an endpoint that is added later cannot reach is then reserved for it.
+fn policy(arguments: &Arguments) -> Policy {
+    let mut policy = arguments.policy.policy();
+    if arguments.endpoint.is_empty() && policy.input_range.is_none() {
+        policy.max_address_width.get_or_insert(DEFAULT_ADDRESS_WIDTH);
+        policy.input_range = Some(widest(&policy));
+    }
+    policy
 }
 
 impl Assigned {

@@ -2,14 +2,16 @@
 
 //! The daemon's sockets: for their owner only, and in place of nothing but a socket that is dead.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
-use rustix::process::umask;
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 /// A socket that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -30,49 +32,114 @@ pub enum SocketError {
     },
 }
 
-/// Listens on a path, with access for the owner only. To be called while the process has one thread: for a moment the
-/// process's file mode mask is another.
+/// What is at a path where a socket could be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Nothing.
+    Free,
+    /// A socket that nobody listens on, as far as the kernel's list tells.
+    Taken,
+}
+
+/// Looks whether a socket can be at a path, and touches nothing.
+///
+/// # Errors
+///
+/// [`SocketError`]
+pub(super) fn examine(path: &Path) -> Result<(), SocketError> {
+    look(path).map(drop)
+}
+
+fn look(path: &Path) -> Result<Place, SocketError> {
+    let failed = |source| SocketError::Io { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            fs::metadata(parent).map_err(failed)?;
+            Ok(Place::Free)
+        }
+        Err(error) => Err(failed(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) if is_listened_on(path) => Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => Ok(Place::Taken),
+    }
+}
+
+/// Listens on a path, with access for the owner only. The socket is known by its absolute path, if that is not too long, so that
+/// whoever looks for it in the kernel's list finds it.
 ///
 /// # Errors
 ///
 /// [`SocketError`]; whatever is at the path is left alone.
-pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+    make_room(path)?;
+    listen(path).map_err(|errno| SocketError::Io { path: path.to_owned(), source: errno.into() })
+}
+
+/// Removes a socket that is dead.
+///
+/// # Errors
+///
+/// [`SocketError`]; whatever else is at the path is left alone.
+pub(crate) fn make_room(path: &Path) -> Result<(), SocketError> {
     let failed = |source| SocketError::Io { path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-        Err(error) => return Err(failed(error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) if is_listened_on(path) => return Err(SocketError::InUse(path.to_owned())),
-        // Nobody that this process can see. Connecting tells for sure.
-        Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
-            Err(error) => return Err(failed(error)),
-            Ok(_) => return Err(SocketError::InUse(path.to_owned())),
-        },
+    if look(path)? == Place::Free {
+        return Ok(());
     }
-    // The mode of a socket comes from the mask alone. There is only one thread yet.
-    let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
-    let listener = UnixListener::bind(path);
-    umask(before);
-    listener.map_err(failed)
+    // By nobody that this process can see. Connecting tells for sure.
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed),
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(SocketError::InUse(path.to_owned())),
+    }
+}
+
+fn listen(path: &Path) -> rustix::io::Result<UnixListener> {
+    // include/net/af_unix.h has as many connections wait.
+    const WAITING: i32 = 128;
+    let absolute = std::path::absolute(path).ok();
+    let address = absolute.and_then(|absolute| SocketAddrUnix::new(absolute).ok());
+    let address = address.map_or_else(|| SocketAddrUnix::new(path), Ok)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The file is made with the socket's own mode (net/unix/af_unix.c): unlike the process's mask, no other thread has it.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, WAITING)?;
+    Ok(UnixListener::from(socket))
 }
 
 /// Whether somebody listens there, as far as the kernel's list tells. It is asked first because connecting would take the
-/// place of the one frontend that a daemon waits for.
+/// place of the one frontend that a daemon waits for. Of another program, it does not find a socket that was bound by a
+/// relative path which is not the one that is asked for, nor one in another network namespace.
 fn is_listened_on(path: &Path) -> bool {
     // include/uapi/linux/net.h
     const SO_ACCEPTCON: u32 = 1 << 16;
-    let Ok(list) = fs::read_to_string("/proc/net/unix") else {
+    let Ok(list) = fs::read("/proc/net/unix") else {
         return false;
     };
-    let absolute = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    // Number, references, protocol, flags, type, state, inode, path.
-    list.lines().any(|line| {
-        let mut fields = line.split_whitespace();
-        let flags = fields.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
-        let name = fields.nth(3).map(Path::new);
-        flags.is_some_and(|flags| flags & SO_ACCEPTCON != 0) && (name == Some(path) || name == Some(absolute.as_path()))
+    let file = |path: &Path| fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+    let asked = file(path);
+    list.split(|byte| *byte == b'\n').filter_map(bound_socket).any(|(flags, name)| {
+        let is_same = name == path || (name.is_absolute() && asked.is_some() && file(name) == asked);
+        flags & SO_ACCEPTCON != 0 && is_same
     })
+}
+
+/// The flags of a socket in the kernel's list, and the path that it is bound to.
+fn bound_socket(line: &[u8]) -> Option<(u32, &Path)> {
+    // Number, references, protocol, flags, type, state, inode; then one blank, and the path as it is, with the blanks in it.
+    let mut rest = line;
+    let mut flags = None;
+    for field in 0..7 {
+        rest = rest.trim_ascii_start();
+        let end = rest.iter().position(|byte| *byte == b' ')?;
+        let (text, behind) = rest.split_at(end);
+        if field == 3 {
+            flags = u32::from_str_radix(std::str::from_utf8(text).ok()?, 16).ok();
+        }
+        rest = behind;
+    }
+    Some((flags?, Path::new(OsStr::from_bytes(rest.strip_prefix(b" ")?))))
 }
 
 #[cfg(test)]
@@ -99,5 +166,46 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(bind(&link), Err(SocketError::NotASocket(_))));
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+
+    #[test]
+    fn who_listens_is_found_by_any_name_of_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let with_blanks = directory.path().join("a  place with blanks ");
+        fs::create_dir(&with_blanks).unwrap();
+        let path = with_blanks.join("socket of it");
+        let listener = bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let linked = directory.path().join("linked");
+        std::os::unix::fs::symlink(&with_blanks, &linked).unwrap();
+        for name in [path.clone(), linked.join("socket of it"), with_blanks.join("../linked/socket of it")] {
+            assert!(is_listened_on(&name), "{}", name.display());
+            assert!(matches!(bind(&name), Err(SocketError::InUse(_))));
+        }
+        assert!(listener.accept().is_err(), "whoever listens was not disturbed");
+        assert!(!is_listened_on(&with_blanks.join("socket")), "a part of a name");
+        drop(listener);
+        assert!(!is_listened_on(&path));
+    }
+
+    #[test]
+    fn one_that_is_bound_by_a_relative_path_is_known_by_its_absolute_one() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let relative = Path::new(directory.path().file_name().unwrap()).join("socket");
+        let listener = bind(&relative).unwrap();
+        let name = listener.local_addr().unwrap().as_pathname().unwrap().to_owned();
+        assert_eq!(name, std::env::current_dir().unwrap().join(&relative));
+        assert!(is_listened_on(&relative) && is_listened_on(&name));
+        drop(listener);
+        // What is too long for an address in its absolute form is bound as it is.
+        let parent = relative.parent().unwrap();
+        let mut long = relative.clone();
+        while long.as_os_str().len() + parent.as_os_str().len() + 4 < 108 {
+            long = parent.join("..").join(long);
+        }
+        let absolute = std::env::current_dir().unwrap().join(&long);
+        let expected = [&absolute, &long].into_iter().find(|name| name.as_os_str().len() < 108).unwrap();
+        let listener = bind(&long).unwrap();
+        assert_eq!(listener.local_addr().unwrap().as_pathname(), Some(expected.as_path()));
     }
 }

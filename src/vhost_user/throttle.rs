@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A limit on what a guest can make the daemon log.
+//! A limit on what a guest or a frontend can make the daemon log.
 
 use std::time::{Duration, Instant};
 

@@ -18,6 +18,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 use vmm_sys_util::eventfd::EventFd;
 
 mod requests;
+pub mod status;
 
 pub use requests::*;
 
@@ -183,6 +184,13 @@ impl Machine {
         self.start();
     }
 
+    /// That, and nothing but the ring is set up again.
+    pub fn restart_ring(&mut self) {
+        self.stop_ring();
+        self.forget_ring();
+        self.start_ring(0);
+    }
+
     /// Makes the available index a number of the driver's choosing, and lets the backend see it.
     pub fn break_ring(&mut self, index: u16) {
         self.memory.write_obj(index.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
@@ -195,7 +203,9 @@ impl Machine {
         // A kick that was taken is counted no more.
         let info = format!("/proc/self/fdinfo/{}", self.kicks[0].as_raw_fd());
         let is_taken = |text: String| text.lines().any(|line| line.split_whitespace().eq(["eventfd-count:", "0"]));
+        let deadline = Instant::now() + Duration::from_secs(20);
         while !is_taken(std::fs::read_to_string(&info).unwrap()) {
+            assert!(Instant::now() < deadline, "the kick is not taken");
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -14,6 +14,7 @@ mod vhost_user;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use common::status::{INVAL, NOENT, OK};
 use virtio_iommu::access::Access;
 use virtio_iommu::translate::Translator;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -27,10 +28,6 @@ const TARGETS: [u64; 3] = [0x1_0000, 0x1_1000, 0x1_2000];
 const FIXED: u64 = 0x80_0000;
 const HIGH: u64 = 0x1_0000_0000;
 const READ_WRITE: u32 = 3;
-
-const OK: u8 = 0;
-const INVAL: u8 = 4;
-const NOENT: u8 = 6;
 
 fn slot(round: u64) -> u64 {
     // Neighbours share a node of the translation, but not all of them.

@@ -14,6 +14,8 @@ use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+pub use crate::common::status::*;
+
 pub type Memory = GuestMemoryMmap<()>;
 
 /// Alone in its group.
@@ -25,15 +27,6 @@ pub const ALL: [EndpointId; 3] = [LONE, LEFT, RIGHT];
 
 pub const READ: u32 = 1;
 pub const WRITE: u32 = 2;
-
-pub const OK: u8 = 0;
-pub const UNSUPP: u8 = 2;
-pub const DEVERR: u8 = 3;
-pub const INVAL: u8 = 4;
-pub const RANGE: u8 = 5;
-pub const NOENT: u8 = 6;
-pub const FAULT: u8 = 7;
-pub const NOMEM: u8 = 8;
 
 /// Guest memory, of which the driver's ring and buffers are the first part.
 pub const RAM_SIZE: u64 = 0x100_0000;

@@ -15,7 +15,7 @@ use virtio_iommu::queue::Polling;
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 
 use crate::alone::alone;
-use crate::common::{Machine, attach, guest_memory, map};
+use crate::common::{Machine, attach, detach, guest_memory, map};
 use crate::machine::{LONE, NOMEM, OK, READ, msi_view, range, usable};
 
 static LINES: Lines = Lines(Mutex::new(Vec::new()));
@@ -35,39 +35,66 @@ impl Log for Lines {
     fn flush(&self) {}
 }
 
+/// Serves a guest whose log is kept; what was logged, and for how many seconds, one begun and one ended among them.
+fn lines_of(guest: impl FnOnce(&FakeHost, &mut Machine)) -> (Vec<String>, usize) {
+    log::set_logger(&LINES).unwrap();
+    log::set_max_level(LevelFilter::Info);
+    let host = FakeHost::new(Flavour::Iommufd);
+    let settings = Settings::new(range("0-ffffffff"), 0x1000);
+    let device = VirtioIommu::new(settings, vec![(LONE, msi_view())], vec![host.group(&[LONE], usable())]).unwrap();
+    let options = BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off };
+    let backend = Arc::new(IommuBackend::new(device, options).unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
+    let mut daemon = backend.daemon("test").unwrap();
+    let daemon = std::thread::spawn(move || {
+        daemon.start(&mut listener).unwrap();
+        let _ = daemon.wait();
+    });
+    let mut machine = Machine::connect(&path, guest_memory(0x20_0000));
+    machine.start();
+    let started = Instant::now();
+    guest(&host, &mut machine);
+    let seconds = started.elapsed().as_secs() as usize + 2;
+    let lines = LINES.0.lock().unwrap().clone();
+    drop(machine);
+    daemon.join().unwrap();
+    backend.shut_down();
+    (lines, seconds)
+}
+
 #[test]
 fn a_guest_whose_maps_fail_without_end_fills_no_log() {
     alone("socket::a_guest_whose_maps_fail_without_end_fills_no_log", || {
-        log::set_logger(&LINES).unwrap();
-        log::set_max_level(LevelFilter::Info);
-        let host = FakeHost::new(Flavour::Iommufd);
-        let settings = Settings::new(range("0-ffffffff"), 0x1000);
-        let device = VirtioIommu::new(settings, vec![(LONE, msi_view())], vec![host.group(&[LONE], usable())]).unwrap();
-        let options = BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off };
-        let backend = Arc::new(IommuBackend::new(device, options).unwrap());
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
-        let mut daemon = backend.daemon("test").unwrap();
-        let daemon = std::thread::spawn(move || {
-            daemon.start(&mut listener).unwrap();
-            let _ = daemon.wait();
+        let (lines, seconds) = lines_of(|host, machine| {
+            assert_eq!(machine.send(&attach(1, LONE.0, 0)), OK);
+            for _ in 0..2000 {
+                host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+                assert_eq!(machine.send(&map(1, 0x5000, 0x1000, 0x2000, READ)), NOMEM);
+            }
         });
-        let mut machine = Machine::connect(&path, guest_memory(0x20_0000));
-        machine.start();
-        assert_eq!(machine.send(&attach(1, LONE.0, 0)), OK);
-        let started = Instant::now();
-        for _ in 0..2000 {
-            host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
-            assert_eq!(machine.send(&map(1, 0x5000, 0x1000, 0x2000, READ)), NOMEM);
-        }
-        let seconds = started.elapsed().as_secs() as usize + 2;
-        let lines = LINES.0.lock().unwrap().clone();
         let about_maps = lines.iter().filter(|line| line.contains("cannot map 0x5000-0x5fff")).count();
         assert!((1..=10 * seconds).contains(&about_maps), "{about_maps} lines in {seconds} s");
         assert!(lines.len() <= 11 * seconds + 10, "{} lines in {seconds} s", lines.len());
-        drop(machine);
-        daemon.join().unwrap();
-        backend.shut_down();
+    });
+}
+
+#[test]
+fn a_guest_that_restarts_its_ring_without_end_fills_no_log() {
+    alone("socket::a_guest_that_restarts_its_ring_without_end_fills_no_log", || {
+        let (lines, seconds) = lines_of(|_, machine| {
+            for _ in 0..500 {
+                // Once as a driver that starts anew, once as a guest that was paused.
+                machine.restart();
+                assert_eq!(machine.send(&attach(1, LONE.0, 0)), OK);
+                let base = machine.stop_ring();
+                machine.start_ring(base);
+                assert_eq!(machine.send(&detach(1, LONE.0)), OK);
+            }
+        });
+        let about_starts = lines.iter().filter(|line| line.contains("the guest reset the device")).count();
+        assert!((1..=10 * seconds).contains(&about_starts), "{about_starts} lines in {seconds} s");
+        assert!(lines.len() <= 11 * seconds + 10, "{} lines in {seconds} s", lines.len());
     });
 }

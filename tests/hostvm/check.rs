@@ -138,7 +138,7 @@ fn the_printed_lines_are_those_that_work() {
     let lines = String::from_utf8(output.stdout).unwrap();
     // A guest without a kernel: QEMU's own option makes it stop before it starts.
     let lines = format!("{lines} -nodefaults -display none -S & sleep 3; kill $!; wait; cat /tmp/printed/facts.json");
-    let output = Command::new("sh").args(["-c", &lines.replace("{1..100}", "$(seq 100)")]).output().unwrap();
+    let output = Command::new("sh").args(["-c", &lines]).output().unwrap();
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(shown.contains(&nvme.to_string()), "{lines}\n{shown}\n{said}");

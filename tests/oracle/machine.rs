@@ -4,6 +4,7 @@
 //! goes, is compared.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use virtio_iommu::access::Access;
 use virtio_iommu::device::{Settings, VirtioIommu};
@@ -53,10 +54,12 @@ pub struct Machine {
     /// A call failed since the host was new or the device reset: less may be reached than was mapped.
     host_failed: bool,
     memory: usize,
+    /// All that the device answered and had the host do.
+    seen: DefaultHasher,
 }
 
-/// Runs a sequence; panics at the first difference.
-pub fn run(input: &Input) {
+/// Runs a sequence; panics at the first difference. What the device answered, and where DMA went after each step, in one number.
+pub fn run(input: &Input) -> u64 {
     let mut machine = Machine::new(input.type1, input.boot_bypass);
     machine.check();
     for (bit, endpoint) in GROUPS.concat().into_iter().enumerate() {
@@ -68,6 +71,7 @@ pub fn run(input: &Input) {
         machine.take(operation);
         machine.check();
     }
+    machine.seen.finish()
 }
 
 impl Machine {
@@ -80,7 +84,8 @@ impl Machine {
         let features = device.features();
         device.set_driver_features(features);
         oracle.set_driver_features(features);
-        Self { boot_bypass, flavour, host, device, oracle, planned: Vec::new(), host_failed: false, memory: 0 }
+        let seen = DefaultHasher::new();
+        Self { boot_bypass, flavour, host, device, oracle, planned: Vec::new(), host_failed: false, memory: 0, seen }
     }
 
     pub fn take(&mut self, operation: &Operation) {
@@ -158,6 +163,7 @@ impl Machine {
         let (mut reply, mut expected) = (vec![UNTOUCHED; writable], vec![UNTOUCHED; writable]);
         let before = self.host.calls();
         let used = self.device.handle(request, &mut reply);
+        (used, &reply).hash(&mut self.seen);
         let failed = self.failed_since(before);
         self.host_failed |= failed;
         let untouched = self.oracle.clone();
@@ -184,7 +190,7 @@ impl Machine {
     }
 
     /// Compares all that can be seen from outside without a request.
-    pub fn check(&self) {
+    pub fn check(&mut self) {
         assert_eq!(self.device.config(), self.oracle.config());
         for id in GROUPS.concat() {
             let attachment = self.host.attachment(EndpointId(id));
@@ -196,6 +202,7 @@ impl Machine {
             let expected: BTreeMap<u64, Reach> =
                 (0..PAGES).map(|page| (page, self.oracle.reaches(id, page * PAGE))).collect();
             let mapped = self.mapped(id);
+            mapped.hash(&mut self.seen);
             for page in mapped.keys().chain(expected.keys()) {
                 let expected = expected.get(page).copied().unwrap_or(Reach::Blocked);
                 let found = mapped.get(page).copied().unwrap_or(Reach::Blocked);

@@ -46,7 +46,7 @@ pub struct EndpointFacts {
 }
 
 /// Where a DMA access goes: nowhere, or to a guest-physical address for these kinds of access, one at least.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reach {
     Blocked,
     To { physical: u64, read: bool, write: bool },

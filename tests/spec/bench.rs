@@ -11,15 +11,7 @@ use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
 use vm_memory::GuestAddress;
 
-/// `VIRTIO_IOMMU_S_*`, by the numbers of the specification.
-pub const OK: u8 = 0;
-pub const UNSUPP: u8 = 2;
-pub const DEVERR: u8 = 3;
-pub const INVAL: u8 = 4;
-pub const RANGE: u8 = 5;
-pub const NOENT: u8 = 6;
-pub const FAULT: u8 = 7;
-pub const NOMEM: u8 = 8;
+pub use crate::status::*;
 
 /// `VIRTIO_IOMMU_MAP_F_*`.
 pub const READ: u32 = 1;

@@ -26,4 +26,6 @@ mod requests;
 mod reserved_memory;
 mod ring;
 mod statements;
+#[path = "../common/status.rs"]
+mod status;
 mod unmap;

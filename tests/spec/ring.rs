@@ -122,8 +122,8 @@ pub fn serve<T>(chains: &[Vec<Piece>], device: impl FnOnce(&mut Queue, &Memory) 
     queue.set_size(SIZE);
 
     let contents = || {
-        let mut bytes = vec![0; (END - TABLES) as usize];
-        memory.read_slice(&mut bytes, GuestAddress(TABLES)).unwrap();
+        let mut bytes = vec![0; END as usize];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         bytes
     };
     let mut before = contents();
@@ -134,14 +134,16 @@ pub fn serve<T>(chains: &[Vec<Piece>], device: impl FnOnce(&mut Queue, &Memory) 
     let returned = used.map(|element| {
         let chain = heads.iter().position(|head| u32::from(*head) == element.id()).unwrap();
         let bytes = writable[chain].iter().flat_map(|(start, length)| {
-            let start = (start - TABLES) as usize;
+            let start = *start as usize;
             after[start..start + length].to_vec()
         });
         Returned { chain, used: element.len(), bytes: bytes.collect() }
     });
     let returned = returned.collect();
-    for (start, length) in writable.iter().flatten() {
-        let start = (start - TABLES) as usize;
+    // Flags and index, the elements, and where the next notification is wanted.
+    let used_ring = (mock.used_addr().0, 4 + 8 * usize::from(SIZE) + 2);
+    for (start, length) in writable.iter().flatten().chain([&used_ring]) {
+        let start = *start as usize;
         before[start..start + length].fill(0);
         after[start..start + length].fill(0);
     }

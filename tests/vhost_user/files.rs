@@ -134,18 +134,18 @@ fn a_call_that_blocks_holds_up_only_the_ring() {
 /// While a large MAP is under way the ring is completed before it stops, and its driver told.
 #[test]
 fn a_call_that_blocks_does_not_hold_up_a_ring_that_stops() {
-    use vhost_user_backend::VhostUserBackend;
+    use vhost::VhostBackend;
 
     let mut bench = Bench::started();
     let full = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-    vhost::VhostBackend::set_vring_call(&bench.machine().frontend, 0, &full).unwrap();
+    let frontend = bench.machine().frontend.clone();
+    frontend.set_vring_call(0, &full).unwrap();
     let filled = full.try_clone().unwrap();
-    let stopped = bench.during_a_large_map(move |backend| {
+    let stopped = bench.during_a_large_map(move |_| {
         // What came before was told by it.
         filled.read().unwrap();
         filled.write(u64::MAX - 1).unwrap();
-        let backend = Arc::clone(backend);
-        let stopping = std::thread::spawn(move || backend.stop_vring(0).unwrap());
+        let stopping = std::thread::spawn(move || frontend.get_vring_base(0).unwrap());
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
         while !stopping.is_finished() && std::time::Instant::now() < deadline {
             std::thread::sleep(std::time::Duration::from_millis(1));

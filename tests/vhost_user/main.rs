@@ -19,10 +19,12 @@ mod requests;
 mod running;
 mod starts;
 
+use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
+use common::status::{FAULT, INVAL, NOENT, OK};
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
 use parking_lot::{RwLock, RwLockReadGuard};
 use vhost::VhostUserMemoryRegionInfo;
@@ -45,11 +47,6 @@ const MEMORY_SIZE: usize = 0x40_0000;
 const MAP_STEP: u64 = 0x1_0000;
 /// How many steps a MAP of the upper half of memory has.
 const STEPS: u64 = MEMORY_SIZE as u64 / 2 / MAP_STEP;
-
-const OK: u8 = 0;
-const INVAL: u8 = 4;
-const NOENT: u8 = 6;
-const FAULT: u8 = 7;
 
 /// Who counts the files of this process takes it alone; who opens some shares it.
 static FILES: RwLock<()> = RwLock::new(());
@@ -118,8 +115,25 @@ impl Bench {
     }
 }
 
+/// The library only logs that the thread of the rings panicked: that ends the tests.
+fn abort_if_the_rings_thread_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            before(panic);
+            if std::thread::current().name() == Some("vring_worker") {
+                // What goes through the macros is kept from who reads the tests' output.
+                let _ = writeln!(std::io::stderr(), "the thread of the rings: {panic}");
+                std::process::abort();
+            }
+        }));
+    });
+}
+
 /// Serves a backend over a connection.
 fn serve(backend: &Arc<IommuBackend>) -> (Served, UnixStream) {
+    abort_if_the_rings_thread_panics();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let mut listener = Listener::from(UnixListener::bind(&path).unwrap());

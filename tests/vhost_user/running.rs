@@ -111,3 +111,37 @@ fn a_ring_that_cannot_be_ends_the_connection() {
         bench.end();
     }
 }
+
+#[test]
+fn a_daemon_that_is_dropped_leaves_no_thread_and_no_connection() {
+    let (host, backend) = device(true, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off });
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let mut listener = Listener::from(UnixListener::bind(&path).unwrap());
+    let mut daemon = backend.daemon("test").unwrap();
+    let stream = UnixStream::connect(&path).unwrap();
+    daemon.start(&mut listener).unwrap();
+    let mut machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
+    machine.start();
+    assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), OK);
+    // What was said is heard, so that there is something to wait for.
+    let features = machine.frontend.get_features().unwrap() & !(1 << 29);
+    for _ in 0..200 {
+        machine.frontend.set_features(features).unwrap();
+    }
+    drop(daemon);
+    assert_eq!(Arc::strong_count(&backend), 1, "nobody else has the backend");
+    assert!(machine.frontend.get_features().is_err(), "the connection is closed");
+    backend.shut_down();
+    assert_eq!(host.attachment(ID), Attachment::Blocked);
+}
+
+#[test]
+fn a_backend_has_one_daemon() {
+    let (_, backend) = device(true, BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off });
+    let first = backend.daemon("first").unwrap();
+    let error = backend.daemon("second").unwrap_err();
+    assert!(error.to_string().contains("one daemon"), "{error}");
+    drop(first);
+    assert!(backend.daemon("second").is_err(), "it would serve nothing");
+}

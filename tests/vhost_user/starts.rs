@@ -38,8 +38,10 @@ fn a_ring_that_starts_elsewhere_is_taken_for_a_reset() {
     let mut bench = Bench::started();
     bench.send(&attach(1, ENDPOINT, 0));
     let base = bench.machine().stop_ring();
+    assert_eq!(bench.reads(0x5000), None, "nothing is mapped");
     bench.machine().start_ring(base + 1);
     bench.machine().break_ring(base + 1);
+    assert_eq!(bench.reads(0x5000), Some(0x5000), "it is back in bypass");
     bench.machine().restart();
     assert_eq!(bench.send(&unmap(1, 0, 0x1000)), NOENT);
     bench.end();
@@ -72,7 +74,7 @@ fn a_broken_ring_is_left_alone_until_it_is_set_up_again() {
     bench.send(&attach(1, ENDPOINT, 0));
     bench.machine().break_ring(1000);
     assert_eq!(bench.machine().try_send(&detach(1, ENDPOINT), 4), None);
-    bench.machine().restart();
+    bench.machine().restart_ring();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
     bench.end();
 }
@@ -82,7 +84,7 @@ fn a_ring_that_was_broken_before_a_stop_that_resets_is_served_after_it() {
     let mut bench = Bench::new(true, OnStop::Reset);
     bench.machine().start();
     bench.machine().break_ring(1000);
-    bench.machine().restart();
+    bench.machine().restart_ring();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
     bench.end();
 }

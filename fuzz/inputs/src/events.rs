@@ -19,9 +19,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 use crate::machine::{RAM, encode, input_range};
-use crate::rings::{Image, Layout, Memory, Model, ORDERLY, Outcome, Touch, Walked};
+use crate::rings::{Image, Input, Layout, Memory, Model, ORDERLY, Outcome, Touch, Walked};
 use crate::traced::TracedMemory;
-use crate::wire::{self, Field, operations};
+use crate::wire::operations;
 
 /// Emulated, and in no domain.
 const ALONE: EndpointId = EndpointId(8);
@@ -235,8 +235,8 @@ impl Run {
         }
         model.compare(&self.memory);
         assert_eq!(self.queue.next_used(), model.next_used(), "the queue is elsewhere");
-        self.check_what_is_left();
         self.model = Some(model);
+        self.check_what_is_left();
     }
 
     /// The device keeps what was not told, in order.
@@ -287,23 +287,19 @@ fn buffer(index: u8, address: u32, length: u32) -> [Touch; 2] {
 }
 
 /// Lets happen what the bytes say.
-pub fn check(mut bytes: &[u8]) {
-    let traced = bool::take(&mut bytes);
-    let mut run = Run::new(traced, Layout::take(&mut bytes));
-    for step in wire::all::<Step>(bytes) {
-        run.step(&step);
+pub fn check(bytes: &[u8]) {
+    let Input { traced, layout, steps } = Input::<Step>::read(bytes);
+    let mut run = Run::new(traced, layout);
+    for step in &steps {
+        run.step(step);
     }
     run.finish();
 }
 
 /// Buffers that are large enough, and some that are not; more events than can wait.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let seed = |traced: bool, layout: Layout, steps: &[Vec<Step>]| {
-        let mut bytes = vec![u8::from(traced)];
-        layout.put(&mut bytes);
-        bytes.extend(wire::bytes_of(&steps.concat()));
-        bytes
-    };
+    let seed =
+        |traced: bool, layout: Layout, steps: &[Vec<Step>]| Input { traced, layout, steps: steps.concat() }.bytes();
     let put = |index, address, length| buffer(index, address, length).map(|touch| Step::Write { touch }).to_vec();
     let access = |reader, address, times| vec![Step::Access { reader, address, write: true, times }];
     let deliver = |budget| vec![Step::Deliver { budget }];

@@ -309,7 +309,7 @@ fn read_answer(answer: &[u8]) -> Option<Type1Info> {
     let u64_at = |at: usize| Some(u64::from_ne_bytes(answer.get(at..at.checked_add(8)?)?.try_into().ok()?));
     let flags = u32_at(4)?;
     let page_sizes = if flags & 1 == 0 { 0 } else { u64_at(8)? };
-    let mut info = Type1Info { page_sizes, usable: None, mappings_left: None, dirty_page_sizes: None };
+    let mut info = Type1Info { page_sizes, usable: None, mappings_left: None };
     let mut at = if flags & 2 == 0 { 0 } else { u32_at(16)? as usize };
     while at != 0 {
         let next = u32_at(at + 4)? as usize;
@@ -321,7 +321,6 @@ fn read_answer(answer: &[u8]) -> Option<Type1Info> {
                 });
                 info.usable = Some(ranges.collect::<Option<Vec<_>>>()?.into_iter().collect());
             }
-            0x1_0002 => info.dirty_page_sizes = Some(u64_at(at + 16)?),
             0x1_0003 => info.mappings_left = Some(u32_at(at + 8)?),
             _ => (),
         }

@@ -11,9 +11,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::machine::{LONE, Machine, PAIR, RAM, encode};
-use crate::rings::{Image, Layout, Memory, Model, ORDERLY, Outcome, Touch, Walked, walk};
+use crate::rings::{Image, Input, Layout, Memory, Model, ORDERLY, Outcome, Touch, Walked, walk};
 use crate::traced::{Access, Race, TracedMemory};
-use crate::wire::{self, Field, operations};
+use crate::wire::operations;
 
 operations! {
     /// What happens.
@@ -277,23 +277,19 @@ fn orderly(request: u32, reply: u32, bytes: &[u8]) -> Vec<Step> {
 }
 
 /// Lets happen what the bytes say.
-pub fn check(mut bytes: &[u8]) {
-    let traced = bool::take(&mut bytes);
-    let mut run = Run::new(traced, Layout::take(&mut bytes));
-    for step in wire::all::<Step>(bytes) {
-        run.step(&step);
+pub fn check(bytes: &[u8]) {
+    let Input { traced, layout, steps } = Input::<Step>::read(bytes);
+    let mut run = Run::new(traced, layout);
+    for step in &steps {
+        run.step(step);
     }
     run.finish();
 }
 
 /// Orderly queues, and some that are not.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let seed = |traced: bool, layout: Layout, steps: &[Vec<Step>]| {
-        let mut bytes = vec![u8::from(traced)];
-        layout.put(&mut bytes);
-        bytes.extend(wire::bytes_of(&steps.concat()));
-        bytes
-    };
+    let seed =
+        |traced: bool, layout: Layout, steps: &[Vec<Step>]| Input { traced, layout, steps: steps.concat() }.bytes();
     let process = || vec![Step::Process { budget: 7, quietly: false }];
     let write = |touch| vec![Step::Write { touch }];
     let attach = || orderly(0x4000, 0x5000, &encode::attach(1, LONE.0, 0));

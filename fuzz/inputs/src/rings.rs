@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::machine::RAM;
-use crate::wire::{operations, record};
+use crate::wire::{self, Field, operations, record};
 
 /// Guest memory.
 pub type Memory = GuestMemoryMmap<()>;
@@ -43,6 +43,34 @@ record! {
 
 /// A queue in a place of its own.
 pub const ORDERLY: Layout = Layout { order: 4, event_idx: true, table: 0x100, available: 0x800, used: 0xc00, start: 0 };
+
+/// What is done to a queue.
+pub struct Input<Step> {
+    /// Whether the device's accesses are looked at.
+    pub traced: bool,
+    /// Where the queue is.
+    pub layout: Layout,
+    /// What is done, in order.
+    pub steps: Vec<Step>,
+}
+
+impl<Step: Field> Input<Step> {
+    /// Any bytes are an input.
+    pub fn read(mut bytes: &[u8]) -> Self {
+        let traced = bool::take(&mut bytes);
+        let layout = Layout::take(&mut bytes);
+        Self { traced, layout, steps: wire::all(bytes) }
+    }
+
+    /// What is read as this.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.traced.put(&mut bytes);
+        self.layout.put(&mut bytes);
+        bytes.extend(wire::bytes_of(&self.steps));
+        bytes
+    }
+}
 
 operations! {
     /// What a driver does to memory.

@@ -25,6 +25,17 @@ fn without_boot_bypass_everything_is_blocked_from_the_features_on() {
 }
 
 #[test]
+fn without_boot_bypass_everything_is_blocked_from_the_memory_on_be_there_none() {
+    let host = FakeHost::new(Flavour::Iommufd);
+    let groups = vec![host.group(&[LONE], usable())];
+    let settings = Settings { boot_bypass: false, ..settings() };
+    let mut device = VirtioIommu::new(settings, vec![(LONE, msi_view())], groups).unwrap();
+    assert_eq!(host.attachment(LONE), Attachment::AsFound);
+    device.set_memory(GuestRam::default());
+    assert_eq!(host.attachment(LONE), Attachment::Blocked);
+}
+
+#[test]
 fn a_detached_endpoint_reaches_guest_memory_and_nothing_else() {
     let mut machine = Machine::new(Flavour::Iommufd);
     machine.attach(1, LONE);
@@ -55,6 +66,17 @@ fn bypass_tables_are_shared_and_freed() {
     machine.detach(1, LONE);
     machine.detach(2, LEFT);
     assert_eq!(machine.host.table_count(), 0);
+}
+
+#[test]
+fn a_group_in_bypass_joins_a_bypass_domain_without_mapping_memory_again() {
+    for flavour in [Flavour::Iommufd, Flavour::Type1] {
+        let mut machine = Machine::with(flavour, Settings { boot_bypass: false, ..settings() });
+        machine.device.write_config(36, &[1]);
+        let before = machine.host.attachment(LONE);
+        assert_eq!(machine.attach_bypass(1, LONE), OK, "{flavour:?}");
+        assert_eq!(machine.host.attachment(LONE), before, "{flavour:?}");
+    }
 }
 
 #[test]

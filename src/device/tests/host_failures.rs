@@ -184,3 +184,51 @@ fn an_attach_that_the_host_refuses_leaves_what_was() {
         assert_eq!(machine.host.table_count(), 1);
     }
 }
+
+#[test]
+fn an_attach_that_costs_an_endpoint_its_table_has_one_event() {
+    for k in 0..2 {
+        let mut machine = Machine::new(Flavour::Type1);
+        machine.attach(1, LONE);
+        machine.host.fail_after(k, Failure::Error(HostErrorKind::NoMemory));
+        assert_eq!(machine.send(&attach_bytes(2, LONE, 0), 4).status, NOMEM);
+        let event = machine.is_blocked(LONE).then_some(LONE);
+        assert_eq!(event.is_some(), k == 1, "a table that cannot be made costs nothing");
+        assert_eq!(machine.device.take_fault().map(|fault| fault.endpoint), event);
+        assert_eq!(machine.device.take_fault(), None);
+        // The endpoint is still in its domain, and blocked: that is known.
+        machine.host.fail_after(k, Failure::Error(HostErrorKind::NoMemory));
+        assert_eq!(machine.send(&attach_bytes(2, LONE, 0), 4).status, NOMEM);
+        assert_eq!(machine.device.take_fault().is_some(), k == 0 && machine.is_blocked(LONE));
+    }
+}
+
+#[test]
+fn a_group_that_is_settled_on_less_than_promised_has_one_event_for_each_member() {
+    let mut machine = Machine::new(Flavour::Iommufd);
+    machine.attach(1, LEFT);
+    machine.attach(1, RIGHT);
+    machine.attach(2, LEFT);
+    machine.host.narrow(LEFT, RangeSet::from(range("0-7fffffffff")));
+    // The members agree again, on a table that has less.
+    assert_eq!(machine.detach(2, LEFT), OK);
+    assert!(machine.is_blocked(RIGHT));
+    assert_eq!(machine.device.take_fault().map(|fault| fault.endpoint), Some(RIGHT));
+    assert_eq!(machine.device.take_fault(), None);
+}
+
+#[test]
+fn a_bypass_that_the_host_refuses_is_told_as_what_it_is() {
+    for k in 0..2 {
+        let mut machine = Machine::new(Flavour::Iommufd);
+        machine.attach(1, LONE);
+        machine.host.fail_after(k, Failure::Error(HostErrorKind::NoMemory));
+        assert_eq!(machine.detach(1, LONE), OK);
+        assert!(machine.is_blocked(LONE));
+        let notice = machine.device.next_notice();
+        assert!(
+            matches!(notice, Some(Notice::AttachFailed { endpoint: LONE, domain: None, blocked: true, .. })),
+            "{notice:?}"
+        );
+    }
+}

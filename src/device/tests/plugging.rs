@@ -3,6 +3,8 @@
 //! Endpoints that come and go.
 
 use super::*;
+use crate::host::refused::{RefusalReason, RefusedAccess, RefusedAccesses};
+use crate::host::{AttachError, HostError};
 
 const NEW: EndpointId = EndpointId(0x20);
 
@@ -131,6 +133,77 @@ fn events_of_one_that_is_removed_are_not_delivered() {
     assert_eq!(machine.device.first_fault().unwrap().endpoint, LONE);
     machine.device.remove_endpoint(LONE);
     assert_eq!(machine.device.first_fault(), None);
+}
+
+#[test]
+fn an_id_that_is_used_again_counts_for_its_former_group_no_more() {
+    for flavour in [Flavour::Iommufd, Flavour::Type1] {
+        let mut machine = Machine::new(flavour);
+        machine.device.remove_endpoint(LEFT);
+        let group = machine.host.regroup(&[LEFT], usable());
+        machine.device.add_group(group, vec![(LEFT, view(&["1000-1fff", "fee00000-feefffff"]))]).unwrap();
+        assert_eq!(machine.attach(5, LEFT), OK);
+        assert_eq!(machine.map(5, "5000-5fff", 0x1000, READ), OK);
+        // The one that was its sibling is in no domain, and follows the configuration.
+        machine.device.write_config(36, &[0]);
+        assert!(machine.is_blocked(RIGHT));
+        machine.device.set_memory(GuestRam::in_software(&[(GuestAddress(0), RAM_SIZE)]).unwrap());
+        assert_eq!((machine.reads(LEFT, 0x5000), machine.reads(RIGHT, 0x5000)), (Some(0x1000), None));
+        // It goes where it likes, with regions of its own only.
+        assert_eq!(machine.attach(7, RIGHT), OK);
+        assert_eq!(machine.map(7, "1000-1fff", 0x2000, READ), OK);
+        assert_eq!((machine.reads(LEFT, 0x1000), machine.reads(RIGHT, 0x1000)), (None, Some(0x2000)));
+        machine.device.remove_endpoint(RIGHT);
+        assert!(machine.is_blocked(RIGHT));
+        assert_eq!(machine.reads(LEFT, 0x5000), Some(0x1000));
+    }
+}
+
+#[test]
+fn accesses_of_one_that_is_removed_are_no_events() {
+    let mut machine = Machine::new(Flavour::Iommufd);
+    let refused = Arc::new(RefusedAccesses::default());
+    let group = Arc::new(Refusing { members: [NEW, EndpointId(0x21)], refused: Arc::clone(&refused) });
+    machine.device.add_group(group, vec![(NEW, view(&[])), (EndpointId(0x21), view(&[]))]).unwrap();
+    machine.device.remove_endpoint(NEW);
+    for endpoint in [NEW, EndpointId(0x21)] {
+        let (access, reason) = (Access::READ, RefusalReason::NotMapped);
+        refused.push(RefusedAccess { endpoint, address: 0x5000, access, reason });
+    }
+    assert_eq!(machine.device.first_fault().map(|fault| fault.endpoint), Some(EndpointId(0x21)));
+    machine.device.take_fault();
+    assert_eq!(machine.device.first_fault(), None);
+}
+
+/// A group whose devices report what is refused.
+#[derive(Debug)]
+struct Refusing {
+    members: [EndpointId; 2],
+    refused: Arc<RefusedAccesses>,
+}
+
+impl HostGroup for Refusing {
+    fn members(&self) -> &[EndpointId] {
+        &self.members
+    }
+
+    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
+        SoftwareGroup::new(vec![], 0x1000).new_table()
+    }
+
+    fn can_share(&self, _table: &dyn IoPageTable) -> bool {
+        false
+    }
+
+    fn attach(&self, _table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
+        Ok(())
+    }
+
+    fn block(&self) {}
+
+    fn refused_accesses(&self) -> Option<&RefusedAccesses> {
+        Some(&self.refused)
+    }
 }
 
 impl Machine {

@@ -48,6 +48,8 @@ struct Group {
 
 #[derive(Debug, Default)]
 struct Device {
+    /// How many files of it are open.
+    files: u32,
     /// The iommufd, and the number there.
     bound: Option<(RawFd, u32)>,
     attached: bool,
@@ -70,6 +72,28 @@ impl Iommufds {
     pub fn add_group(&mut self, members: &[EndpointId], usable: &RangeSet) {
         let devices = members.iter().map(|member| (*member, Device::default())).collect();
         self.groups.push(Group { devices, usable: usable.clone(), object: None });
+    }
+
+    pub fn open_device(&mut self, endpoint: EndpointId) {
+        if let Ok(device) = self.device(endpoint) {
+            device.files += 1;
+        }
+    }
+
+    /// The last file's end is the device's in the iommufd (`vfio_df_iommufd_unbind()`, drivers/vfio/iommufd.c).
+    pub fn close_device(&mut self, endpoint: EndpointId) {
+        let Ok(device) = self.device(endpoint) else { return };
+        device.files = device.files.saturating_sub(1);
+        if device.files == 0
+            && let Some((_, number)) = device.bound
+        {
+            // A bound device can be detached.
+            let _ = self.detach(endpoint);
+            self.objects.remove(&number);
+            if let Ok(device) = self.device(endpoint) {
+                device.bound = None;
+            }
+        }
     }
 
     /// How many address spaces and hardware page tables there are.

@@ -152,11 +152,15 @@ impl FakeKernel {
     /// The files of a group's devices, which can use these addresses.
     pub fn devices(&self, members: &[EndpointId], usable: &RangeSet) -> Vec<(EndpointId, VfioDevice)> {
         self.lock().iommufds.add_group(members, usable);
-        let device = |member: &EndpointId| {
-            let api = FakeDevice { kernel: self.clone(), endpoint: *member };
-            (*member, VfioDevice::over(Box::new(api), member.to_string()))
-        };
-        members.iter().map(device).collect()
+        members.iter().map(|member| (*member, self.device_file(*member))).collect()
+    }
+
+    /// One more file of a device: a duplicate of those that there are, as a VMM has one. The device stays bound and attached
+    /// until the last is closed.
+    pub fn device_file(&self, member: EndpointId) -> VfioDevice {
+        self.lock().iommufds.open_device(member);
+        let api = FakeDevice { kernel: self.clone(), endpoint: member };
+        VfioDevice::over(Box::new(api), member.to_string())
     }
 
     /// A container of type1 with the group of these endpoints in it, which can use these addresses and may have so many
@@ -226,6 +230,15 @@ pub(super) struct FakeIommufd {
 pub(super) struct FakeDevice {
     pub kernel: FakeKernel,
     pub endpoint: EndpointId,
+}
+
+impl Drop for FakeDevice {
+    fn drop(&mut self) {
+        // The lock is poisoned where a test has failed already.
+        if let Ok(mut state) = self.kernel.state.lock() {
+            state.iommufds.close_device(self.endpoint);
+        }
+    }
 }
 
 /// A container of the model.

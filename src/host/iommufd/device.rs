@@ -11,8 +11,9 @@ use rustix::io::Errno;
 
 use super::VfioDeviceFile;
 use super::api::VfioDeviceApi;
-use super::ioas::{Ioas, Iommufd, failed};
+use super::ioas::{Ioas, Iommufd};
 use crate::fd::{FileKind, VfioMajor, WrongFile};
+use crate::host::linux::failed;
 use crate::host::{Constraints, HostError, HostErrorKind, IoPageTable};
 
 /// How long an attach waits for a device that is being reset.
@@ -33,7 +34,7 @@ impl VfioDevice {
     /// It is something else.
     pub fn new(file: OwnedFd, name: String) -> Result<Self, WrongFile> {
         FileKind::VfioDevice.check(&file)?;
-        Ok(Self::over(Box::new(VfioDeviceFile { file }), name))
+        Ok(Self { api: Box::new(VfioDeviceFile { file }), name })
     }
 
     /// Takes an open `/dev/vfio/devices/vfioN`, and a name for messages. Only the file itself is looked at.
@@ -43,15 +44,17 @@ impl VfioDevice {
     /// It is something else.
     pub fn of_major(file: OwnedFd, major: VfioMajor, name: String) -> Result<Self, WrongFile> {
         major.check(&file)?;
-        Ok(Self::over(Box::new(VfioDeviceFile { file }), name))
+        Ok(Self { api: Box::new(VfioDeviceFile { file }), name })
     }
 
     /// Over another kernel, or a model of one.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn over(api: Box<dyn VfioDeviceApi>, name: String) -> Self {
         Self { api, name }
     }
 
     /// The calls that it takes.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn api(&self) -> &dyn VfioDeviceApi {
         self.api.as_ref()
     }

@@ -10,11 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::api::IommufdApi;
 use super::device::VfioDevice;
-use super::ioas::{Ioas, Iommufd, failed};
+use super::ioas::{Ioas, Iommufd};
 use crate::access::Access;
+use crate::host::linux::failed;
 use crate::host::{AfterFailure, AttachError, HostError, HostErrorKind, HostGroup, IoPageTable};
 use crate::id::EndpointId;
 use crate::memory::{GuestRam, HostSegment, RamRegion};
+
+#[cfg(test)]
+#[cfg(feature = "type1")]
+mod tests;
 
 /// An IOMMU group whose devices this process holds by their VFIO files.
 #[derive(Debug)]
@@ -33,17 +38,21 @@ enum Binding {
     /// Somebody else, who knows their numbers.
     Elsewhere,
     /// This process: it can make hardware page tables for them.
-    Here {
-        /// The first device's number.
-        device: u32,
-        source: Option<Arc<PinnedSource>>,
-    },
+    Here { source: Option<Arc<PinnedSource>> },
+}
+
+/// A member that is still an endpoint.
+#[derive(Debug)]
+struct Member {
+    id: EndpointId,
+    device: VfioDevice,
+    /// The device's number in the iommufd, if this process bound it.
+    number: Option<u32>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Those of the members that are still endpoints.
-    devices: Vec<(EndpointId, VfioDevice)>,
+    members: Vec<Member>,
     /// What the devices are attached to, if this process bound them.
     hardware_table: Option<HardwareTable>,
 }
@@ -82,7 +91,8 @@ impl IommufdGroup {
     /// A group of devices that the caller has bound to this iommufd ([`VfioDevice::bind`]), or that another process binds by
     /// the same files: a VMM that this process works beside. Until that has happened, attaching fails.
     pub fn shared(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Self {
-        Self::with(iommufd, devices, Binding::Elsewhere)
+        let member = |(id, device)| Member { id, device, number: None };
+        Self::with(iommufd, devices.into_iter().map(member).collect(), Binding::Elsewhere)
     }
 
     /// A group of devices that are bound to this iommufd here and now: for a VMM that embeds the device.
@@ -91,10 +101,15 @@ impl IommufdGroup {
     ///
     /// A device cannot be bound, or there is none.
     pub fn bound(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Result<Self, HostError> {
-        let numbers: Vec<u32> = devices.iter().map(|(_, device)| device.bind(&iommufd)).collect::<Result<_, _>>()?;
-        let nothing = || HostError::new(HostErrorKind::NotBound, "binding a group without devices", None);
-        let device = *numbers.first().ok_or_else(nothing)?;
-        let group = Self::with(iommufd, devices, Binding::Here { device, source: None });
+        if devices.is_empty() {
+            return Err(HostError::new(HostErrorKind::NotBound, "binding a group without devices", None));
+        }
+        let bind = |(id, device): (_, VfioDevice)| {
+            let number = Some(device.bind(&iommufd)?);
+            Ok(Member { id, device, number })
+        };
+        let members = devices.into_iter().map(bind).collect::<Result<_, HostError>>()?;
+        let group = Self::with(iommufd, members, Binding::Here { source: None });
         group.bound_here.store(true, Ordering::Relaxed);
         Ok(group)
     }
@@ -106,21 +121,22 @@ impl IommufdGroup {
     ///
     /// Whatever the kernel says; or the group was not bound here.
     pub fn with_pinned_source(mut self) -> Result<Self, HostError> {
-        let Binding::Here { device, source } = &mut self.binding else {
+        let Binding::Here { source } = &mut self.binding else {
             return Err(HostError::new(
                 HostErrorKind::NotBound,
                 "pinning memory for a group that was bound elsewhere",
                 None,
             ));
         };
-        *source = Some(Arc::new(PinnedSource::new(&self.iommufd, *device)?));
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        *source = Some(Arc::new(PinnedSource::new(&self.iommufd, state.device_number()?)?));
         Ok(self)
     }
 
-    fn with(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>, binding: Binding) -> Self {
-        let members = devices.iter().map(|(member, _)| *member).collect();
-        let state = Mutex::new(State { devices, hardware_table: None });
-        Self { iommufd, members, state, bound_here: AtomicBool::new(false), binding }
+    fn with(iommufd: Arc<Iommufd>, members: Vec<Member>, binding: Binding) -> Self {
+        let ids = members.iter().map(|member| member.id).collect();
+        let state = Mutex::new(State { members, hardware_table: None });
+        Self { iommufd, members: ids, state, bound_here: AtomicBool::new(false), binding }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -131,11 +147,16 @@ impl IommufdGroup {
     /// the number up in the iommufd that the device is bound to: in another one it may be the VMM's own table, and the
     /// attach would succeed. So each device is first attached to a fresh address space: one that has a device is told
     /// apart from one that has none by its alignment (1 until then, `iopt_table_add_domain()`).
-    fn check_binding(&self, devices: &[(EndpointId, VfioDevice)]) -> Result<(), HostError> {
-        if self.bound_here.load(Ordering::Relaxed) {
-            return Ok(());
+    ///
+    /// # Errors
+    ///
+    /// They are not, or it cannot be told. In any case they are detached from what they were attached to.
+    fn check_binding(&self, members: &[Member]) -> Result<(), HostError> {
+        // Each moves the whole group: an address space is freed only if none of them stays there.
+        for Member { device, .. } in members {
+            device.detach();
         }
-        for (_, device) in devices {
+        for Member { device, .. } in members {
             let fresh = self.iommufd.new_ioas()?;
             let attached = device.attach(&fresh);
             let is_here = fresh.constraints().map(|constraints| constraints.granule > 1);
@@ -155,15 +176,40 @@ impl IommufdGroup {
         Ok(())
     }
 
+    /// Attaches every device to an address space, by a hardware page table of it where this process can make one.
+    fn attach_to(&self, state: &mut State, ioas: &Ioas) -> Result<(), AttachError> {
+        match self.binding {
+            Binding::Elsewhere => state.attach_all(ioas.id()),
+            Binding::Here { .. } => {
+                let hardware_table = state
+                    .device_number()
+                    .and_then(|device| HardwareTable::new(&self.iommufd.api, device, ioas.id()))
+                    .map_err(|error| AttachError { error, after: AfterFailure::PreviousTable })?;
+                state.attach_all(hardware_table.id)?;
+                // The one before is freed.
+                state.hardware_table = Some(hardware_table);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl State {
+    /// The number of a device that is still there.
+    fn device_number(&self) -> Result<u32, HostError> {
+        let number = self.members.iter().find_map(|member| member.number);
+        number.ok_or_else(|| HostError::new(HostErrorKind::Gone, "attaching a group without devices", None))
+    }
+
     /// Attaches every device, in turn. The first replace moves the whole group. Each device is attached all the same: only
     /// then does the kernel keep its reserved regions out of the address space.
-    fn attach_all(state: &mut State, object: u32) -> Result<(), AttachError> {
-        for (index, (_, device)) in state.devices.iter().enumerate() {
+    fn attach_all(&mut self, object: u32) -> Result<(), AttachError> {
+        for (index, Member { device, .. }) in self.members.iter().enumerate() {
             if let Err(error) = device.attach_to(object) {
                 let after = if index == 0 {
                     AfterFailure::PreviousTable
                 } else {
-                    state.block();
+                    self.block();
                     AfterFailure::Blocked
                 };
                 return Err(AttachError { error, after });
@@ -171,11 +217,9 @@ impl IommufdGroup {
         }
         Ok(())
     }
-}
 
-impl State {
     fn block(&mut self) {
-        for (_, device) in &self.devices {
+        for Member { device, .. } in &self.members {
             device.detach();
         }
         self.hardware_table = None;
@@ -190,7 +234,7 @@ impl HostGroup for IommufdGroup {
     fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
         let source = match &self.binding {
             Binding::Elsewhere => None,
-            Binding::Here { source, .. } => source.clone(),
+            Binding::Here { source } => source.clone(),
         };
         let ioas = self.iommufd.new_ioas_with(source)?;
         log::debug!("IOAS {} allocated", ioas.id());
@@ -204,26 +248,26 @@ impl HostGroup for IommufdGroup {
 
     fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
         let table: &dyn Any = table.as_ref();
-        let Some(ioas) = table.downcast_ref::<Ioas>() else {
-            let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another kind", None);
+        let own = table.downcast_ref::<Ioas>().filter(|ioas| Arc::ptr_eq(&ioas.api, &self.iommufd.api));
+        let Some(ioas) = own else {
+            let error = HostError::new(HostErrorKind::Incompatible, "attaching to a table of another host", None);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         };
         let mut state = self.state();
-        if let Err(error) = self.check_binding(&state.devices) {
-            state.block();
+        if state.members.is_empty() {
+            let error = HostError::new(HostErrorKind::Gone, "attaching a group whose devices are gone", None);
             return Err(AttachError { error, after: AfterFailure::Blocked });
         }
-        match self.binding {
-            Binding::Elsewhere => Self::attach_all(&mut state, ioas.id()),
-            Binding::Here { device, .. } => {
-                let hardware_table = HardwareTable::new(&self.iommufd.api, device, ioas.id())
-                    .map_err(|error| AttachError { error, after: AfterFailure::PreviousTable })?;
-                Self::attach_all(&mut state, hardware_table.id)?;
-                // The one before is freed.
-                state.hardware_table = Some(hardware_table);
-                Ok(())
-            }
+        if self.bound_here.load(Ordering::Relaxed) {
+            return self.attach_to(&mut state, ioas);
         }
+        // What there was before is gone with the check.
+        let checked = self.check_binding(&state.members);
+        let attached = checked.and_then(|()| self.attach_to(&mut state, ioas).map_err(|failure| failure.error));
+        attached.map_err(|error| {
+            state.block();
+            AttachError { error, after: AfterFailure::Blocked }
+        })
     }
 
     fn block(&self) {
@@ -231,11 +275,19 @@ impl HostGroup for IommufdGroup {
     }
 
     fn release(&self, member: EndpointId) {
-        self.state().devices.retain(|(id, _)| *id != member);
+        self.state().members.retain(|own| {
+            let stays = own.id != member;
+            if !stays {
+                // The kernel keeps the group where it is for as long as a device is attached, and whoever has another file of
+                // this one, as a VMM does, keeps it attached.
+                own.device.detach();
+            }
+            stays
+        });
     }
 
     fn memory_changed(&self, ram: &GuestRam) {
-        if let Binding::Here { source: Some(source), .. } = &self.binding {
+        if let Binding::Here { source: Some(source) } = &self.binding {
             source.follow(ram);
         }
     }
@@ -244,7 +296,7 @@ impl HostGroup for IommufdGroup {
 /// An address space that no device is attached to, with guest memory at its guest-physical addresses, pinned by a hardware page
 /// table. Mappings are copied from it, which shares the pins.
 #[derive(Debug)]
-pub struct PinnedSource {
+pub(super) struct PinnedSource {
     // Fields are dropped in this order: a hardware page table before its address space.
     _pin: HardwareTable,
     ioas: Ioas,
@@ -258,12 +310,12 @@ impl PinnedSource {
         Ok(Self { _pin: pin, ioas, mapped: Mutex::default() })
     }
 
-    pub(super) const fn ioas(&self) -> u32 {
+    pub const fn ioas(&self) -> u32 {
         self.ioas.id()
     }
 
     /// Where the source has a piece of memory, if it has it.
-    pub(super) fn place_of(&self, segment: &HostSegment) -> Option<u64> {
+    pub fn place_of(&self, segment: &HostSegment) -> Option<u64> {
         let mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         mapped.iter().any(|whole| segment.lies_in(whole)).then_some(segment.start().0)
     }
@@ -289,131 +341,5 @@ impl PinnedSource {
                 Err(error) => log::warn!("guest memory at {} is not pinned beforehand: {error}", new.addresses()),
             }
         }
-    }
-}
-
-#[cfg(test)]
-#[cfg(feature = "type1")]
-mod tests {
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-    use rustix::io::Errno;
-    use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
-
-    use super::*;
-    use crate::device::{Settings, VirtioIommu};
-    use crate::host::fake::kernel::{FakeKernel, KernelFailure};
-    use crate::range::{IovaRange, RangeSet};
-    use crate::reserved::EndpointView;
-
-    const ONE: EndpointId = EndpointId(1);
-    const OTHER: EndpointId = EndpointId(2);
-
-    /// Memory of these regions of 16 pages each, every one with a file of its own or with none.
-    fn ram(regions: &[(u64, bool)]) -> GuestRam {
-        let region = |(start, with_file): &(u64, bool)| {
-            let file = with_file.then(|| {
-                let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-                ftruncate(&file, 0x1_0000).unwrap();
-                FileOffset::new(std::fs::File::from(file), 0)
-            });
-            (GuestAddress(*start), 0x1_0000, file)
-        };
-        let regions: Vec<_> = regions.iter().map(region).collect();
-        GuestRam::from_mmap(&GuestMemoryMmap::<()>::from_ranges_with_files(regions).unwrap()).unwrap()
-    }
-
-    fn usable() -> RangeSet {
-        RangeSet::from("0-ffffffff".parse::<IovaRange>().unwrap())
-    }
-
-    fn map(table: &Arc<dyn IoPageTable>, iova: &str, ram: &GuestRam, physical: u64) {
-        let iova: IovaRange = iova.parse().unwrap();
-        let segments = ram.segments(GuestAddress(physical), iova.length().unwrap()).unwrap();
-        table.map(iova, &segments, Access::READ_WRITE).unwrap();
-    }
-
-    #[test]
-    fn memory_that_is_pinned_is_copied_and_what_left_is_not() {
-        let kernel = FakeKernel::new();
-        let devices = kernel.devices(&[ONE], &usable());
-        let group = IommufdGroup::bound(kernel.iommufd(), devices).unwrap().with_pinned_source().unwrap();
-        let both = ram(&[(0, true), (0x10_0000, true), (0x20_0000, false)]);
-        group.memory_changed(&both);
-        assert_eq!(kernel.mappings(), (2, 0), "what has no file is left out");
-        let table = group.new_table().unwrap();
-        map(&table, "5000-5fff", &both, 0x1000);
-        map(&table, "6000-6fff", &both, 0x20_1000);
-        assert_eq!(kernel.mappings(), (4, 1));
-        // The first region gets other memory, the second leaves.
-        let other = ram(&[(0, true)]);
-        group.memory_changed(&other);
-        assert_eq!(kernel.mappings(), (3, 1));
-        map(&table, "7000-7fff", &both, 0x10_0000);
-        map(&table, "8000-8fff", &other, 0x2000);
-        assert_eq!(kernel.mappings(), (5, 2));
-        drop((table, group));
-        assert_eq!((kernel.mappings(), kernel.objects()), ((0, 0), 0));
-    }
-
-    #[test]
-    fn what_cannot_be_pinned_or_copied_is_mapped_all_the_same() {
-        let kernel = FakeKernel::new();
-        let devices = kernel.devices(&[ONE], &usable());
-        let group = IommufdGroup::bound(kernel.iommufd(), devices).unwrap().with_pinned_source().unwrap();
-        let memory = ram(&[(0, true)]);
-        kernel.fail_after(0, KernelFailure::Errno(Errno::NOMEM));
-        group.memory_changed(&memory);
-        let table = group.new_table().unwrap();
-        map(&table, "5000-5fff", &memory, 0);
-        assert_eq!(kernel.mappings(), (1, 0));
-        group.memory_changed(&memory);
-        kernel.fail_after(0, KernelFailure::Errno(Errno::NOENT));
-        map(&table, "6000-6fff", &memory, 0);
-        assert_eq!(kernel.mappings(), (3, 0));
-    }
-
-    #[test]
-    fn only_what_was_bound_here_can_be_pinned_for() {
-        let kernel = FakeKernel::new();
-        let (iommufd, devices) = (kernel.iommufd(), kernel.devices(&[ONE], &usable()));
-        let error = IommufdGroup::shared(iommufd, devices).with_pinned_source().unwrap_err();
-        assert_eq!(error.kind, HostErrorKind::NotBound);
-        assert_eq!(IommufdGroup::bound(kernel.iommufd(), Vec::new()).unwrap_err().kind, HostErrorKind::NotBound);
-    }
-
-    #[test]
-    fn a_second_group_joins_many_mappings_by_one_call() {
-        const MAPPINGS: u64 = 0x1_0000;
-        let kernel = FakeKernel::new();
-        let iommufd = kernel.iommufd();
-        let group = |id| -> Arc<dyn HostGroup> {
-            Arc::new(IommufdGroup::bound(Arc::clone(&iommufd), kernel.devices(&[id], &usable())).unwrap())
-        };
-        let groups = vec![group(ONE), group(OTHER)];
-        let settings = Settings::new("0-ffffffff".parse().unwrap(), 0x1000);
-        let views = [ONE, OTHER].map(|id| (id, EndpointView::default())).to_vec();
-        let mut device = VirtioIommu::new(settings, views, groups).unwrap();
-        device.set_memory(ram(&[(0, true)]));
-        device.set_driver_features(device.features());
-        let mut send = |words: &[u64], kind: u8, domain: u32| {
-            let mut bytes = vec![kind, 0, 0, 0];
-            bytes.extend(domain.to_le_bytes());
-            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-            bytes.truncate(if kind == 1 { 20 } else { 36 });
-            bytes.resize(if kind == 1 { 20 } else { 36 }, 0);
-            let mut reply = [0xff; 4];
-            assert_eq!((device.handle(&bytes, &mut reply), reply), (4, [0; 4]));
-        };
-        send(&[u64::from(ONE.0)], 1, 7);
-        for page in 0..MAPPINGS {
-            let start = page * 0x1000;
-            send(&[start, start + 0xfff, page % 16 * 0x1000, 3], 3, 7);
-        }
-        assert_eq!(kernel.mappings().0 as u64, MAPPINGS);
-        let before = kernel.calls();
-        send(&[u64::from(OTHER.0)], 1, 7);
-        // A hardware page table, which the kernel fills; the attach; and the question whether the promise holds.
-        assert_eq!(kernel.calls() - before, 3);
-        assert!(kernel.dma(OTHER, (MAPPINGS - 1) * 0x1000, Access::WRITE).is_some());
     }
 }

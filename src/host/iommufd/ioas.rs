@@ -14,7 +14,9 @@ use super::api::IommufdApi;
 use super::group::PinnedSource;
 use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
-use crate::host::{Constraints, HostError, HostErrorKind, IoPageTable, MapError, UnmapError};
+use crate::host::linux::{failed, map_error_kind};
+use crate::host::pieces::map_pieces;
+use crate::host::{Constraints, HostError, HostErrorKind, IoPageTable, MapError};
 use crate::memory::HostSegment;
 use crate::range::IovaRange;
 
@@ -32,15 +34,17 @@ impl Iommufd {
     /// It is something else.
     pub fn new(file: OwnedFd) -> Result<Self, WrongFile> {
         FileKind::Iommufd.check(&file)?;
-        Ok(Self::over(Arc::new(IommufdFile::new(file))))
+        Ok(Self { api: Arc::new(IommufdFile::new(file)) })
     }
 
     /// Over another kernel, or a model of one.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn over(api: Arc<dyn IommufdApi>) -> Self {
         Self { api }
     }
 
     /// The calls that it takes.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn api(&self) -> &dyn IommufdApi {
         self.api.as_ref()
     }
@@ -75,10 +79,6 @@ pub struct Ioas {
     id: u32,
     /// Where guest memory is pinned already, to be copied from.
     source: Option<Arc<PinnedSource>>,
-}
-
-pub(super) fn failed(errno: Errno, action: impl Into<String>, kind: HostErrorKind) -> HostError {
-    HostError::new(kind, action, Some(errno.into()))
 }
 
 impl Ioas {
@@ -118,28 +118,12 @@ impl Ioas {
 
 impl IoPageTable for Ioas {
     fn map(&self, iova: IovaRange, to: &[HostSegment], access: Access) -> Result<(), MapError> {
-        let mut done = 0;
-        for segment in to {
-            let Err(error) = self.map_segment(iova.start() + done, segment, access) else {
-                done += segment.length();
-                continue;
-            };
-            let Some(mapped) = IovaRange::from_length(iova.start(), done) else {
-                return Err(MapError::Refused(error));
-            };
-            return match self.api.ioas_unmap(self.id, mapped) {
-                Ok(gone) if gone == done => Err(MapError::Refused(error)),
-                Ok(_) | Err(_) => Err(MapError::LeftBehind(error)),
-            };
-        }
-        Ok(())
+        map_pieces(iova, to, |iova, segment| self.map_segment(iova, segment, access), |mapped| self.unmap(mapped))
     }
 
-    fn unmap(&self, iova: IovaRange) -> Result<u64, UnmapError> {
-        self.api.ioas_unmap(self.id, iova).map_err(|errno| {
-            let error = failed(errno, format!("IOMMU_IOAS_UNMAP of {iova}"), HostErrorKind::Other);
-            UnmapError { error, gone: 0 }
-        })
+    fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
+        let result = self.api.ioas_unmap(self.id, iova);
+        result.map_err(|errno| failed(errno, format!("IOMMU_IOAS_UNMAP of {iova}"), HostErrorKind::Other))
     }
 
     fn constraints(&self) -> Result<Constraints, HostError> {
@@ -154,15 +138,5 @@ impl Drop for Ioas {
             // What it maps by address stays held with it.
             log::error!("IOAS {} stays in the kernel: {errno}", self.id);
         }
-    }
-}
-
-fn map_error_kind(errno: Errno) -> HostErrorKind {
-    match errno {
-        Errno::INVAL | Errno::OVERFLOW => HostErrorKind::Unmappable,
-        Errno::EXIST => HostErrorKind::AlreadyMapped,
-        Errno::NOMEM | Errno::NOSPC => HostErrorKind::NoMemory,
-        Errno::FAULT => HostErrorKind::BadAddress,
-        _ => HostErrorKind::Other,
     }
 }

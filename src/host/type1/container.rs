@@ -9,9 +9,10 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
-use super::{ContainerFile, Type1Info, failed, parse};
+use super::{ContainerFile, Type1Info, parse};
 use crate::access::Access;
 use crate::fd::{FileKind, WrongFile};
+use crate::host::linux::{failed, map_error_kind};
 use crate::host::replay::{DmaMapper, ReplayGroup};
 use crate::host::{Constraints, HostError, HostErrorKind};
 use crate::id::EndpointId;
@@ -66,15 +67,17 @@ impl Container {
     /// It is something else.
     pub fn new(file: OwnedFd) -> Result<Self, WrongFile> {
         FileKind::VfioContainer.check(&file)?;
-        Ok(Self::over(Box::new(ContainerFile::new(file))))
+        Ok(Self { api: Box::new(ContainerFile::new(file)) })
     }
 
     /// Over another kernel, or a model of one.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn over(api: Box<dyn ContainerApi>) -> Self {
         Self { api }
     }
 
     /// The calls that it takes.
+    #[cfg(any(test, feature = "test-utils"))]
     pub fn api(&self) -> &dyn ContainerApi {
         self.api.as_ref()
     }
@@ -101,7 +104,8 @@ impl Container {
         parse(&answer).map_err(error)
     }
 
-    /// A host group over this container, in which the group is and nobody else maps anything. It must be of type1, version 2.
+    /// A host group over this container, in which the group is and nobody else maps anything. It must be of type1, version 2. The
+    /// [`VfioGroup`](super::VfioGroup) is to be kept for as long: a container whose group has left translates nothing.
     ///
     /// # Errors
     ///
@@ -119,18 +123,11 @@ impl DmaMapper for Container {
             return Err(HostError::new(HostErrorKind::BadAddress, action(), None));
         };
         self.api.map_dma(range, host, access).map_err(|errno| {
-            let kind = match errno {
-                Errno::INVAL => HostErrorKind::Unmappable,
-                Errno::EXIST => HostErrorKind::AlreadyMapped,
-                Errno::NOMEM | Errno::NOSPC => HostErrorKind::NoMemory,
-                Errno::FAULT => HostErrorKind::BadAddress,
-                _ => HostErrorKind::Other,
-            };
             let mut action = action();
             if errno == Errno::NOSPC {
                 action += " (more mappings than the parameter dma_entry_limit of the module vfio_iommu_type1 allows)";
             }
-            failed(errno, action, kind)
+            failed(errno, action, map_error_kind(errno))
         })
     }
 

@@ -16,8 +16,6 @@ pub struct Type1Info {
     pub usable: Option<RangeSet>,
     /// How many more mappings there may be; `None` if the kernel does not tell (before 5.10).
     pub mappings_left: Option<u32>,
-    /// The page sizes by which dirty pages can be tracked, a bit each; `None` if they cannot.
-    pub dirty_page_sizes: Option<u64>,
 }
 
 /// An answer that cannot be understood.
@@ -67,7 +65,7 @@ const HAS_CAPABILITIES: u32 = 2;
 pub fn parse(answer: &[u8]) -> Result<Type1Info, InfoError> {
     let flags = u32_at(answer, FLAGS, "the flags")?;
     let page_sizes = if flags & HAS_PAGE_SIZES == 0 { 0 } else { u64_at(answer, PAGE_SIZES, "the page sizes")? };
-    let mut info = Type1Info { page_sizes, usable: None, mappings_left: None, dirty_page_sizes: None };
+    let mut info = Type1Info { page_sizes, usable: None, mappings_left: None };
     if flags & HAS_CAPABILITIES == 0 {
         return Ok(info);
     }
@@ -78,9 +76,8 @@ pub fn parse(answer: &[u8]) -> Result<Type1Info, InfoError> {
         let next = u32_at(answer, offset.saturating_add(4), "a capability's link")? as usize;
         match (id, version) {
             (1, 1) => info.usable = Some(usable(answer, offset)?),
-            (2, 1) => info.dirty_page_sizes = Some(u64_at(answer, offset.saturating_add(16), "dirty page sizes")?),
             (3, 1) => info.mappings_left = Some(u32_at(answer, offset.saturating_add(8), "the mappings left")?),
-            // Of a later kernel.
+            // Of a later kernel, or not needed here.
             _ => (),
         }
         if next != 0 && next <= offset {
@@ -167,12 +164,12 @@ mod tests {
         let info = parse(&whole()).unwrap();
         assert_eq!(info.page_sizes, 0x4000_1000);
         assert_eq!(info.usable.unwrap().to_string(), "0x0-0xfedfffff, 0xfef00000-0xffffffffffffffff");
-        assert_eq!((info.mappings_left, info.dirty_page_sizes), (Some(65535), Some(0x1000)));
+        assert_eq!(info.mappings_left, Some(65535));
     }
 
     #[test]
     fn a_kernel_that_does_not_tell_is_no_error() {
-        let nothing = Type1Info { page_sizes: 0x4000_1000, usable: None, mappings_left: None, dirty_page_sizes: None };
+        let nothing = Type1Info { page_sizes: 0x4000_1000, usable: None, mappings_left: None };
         assert_eq!(parse(&answer(1, &[])), Ok(nothing.clone()));
         // Before 5.4 the structure ended with the page sizes.
         assert_eq!(parse(&answer(1, &[])[..16]), Ok(nothing.clone()));

@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ struct State {
     failure: Mutex<Option<Errno>>,
     /// There is nothing to forget anything in before the first update: vhost-vdpa.
     needs_update_first: AtomicBool,
+    /// The last address that messages may be about.
+    last: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,13 +42,23 @@ impl Kernel {
         let (questions, kernel) = UnixStream::pair().unwrap();
         questions.set_nonblocking(true).unwrap();
         let needs_update_first = AtomicBool::new(false);
-        let state = State { questions, entries: Mutex::default(), failure: Mutex::default(), needs_update_first };
+        let last = AtomicU64::new(u64::MAX);
+        let state = State { questions, entries: Mutex::default(), failure: Mutex::default(), needs_update_first, last };
         (Self(Arc::new(state)), kernel)
     }
 
-    /// A vhost-vdpa device: `vhost_vdpa_process_iotlb_msg`, drivers/vhost/vdpa.c, finds no address space before an update.
+    /// A device whose file blocks who reads from it when there is no question.
+    pub fn blocking() -> (Self, UnixStream) {
+        let (device, kernel) = Self::new();
+        device.0.questions.set_nonblocking(false).unwrap();
+        (device, kernel)
+    }
+
+    /// A vhost-vdpa device with 32 bits of address: `vhost_vdpa_process_iotlb_msg`, drivers/vhost/vdpa.c, finds no address space
+    /// before an update. Some kernels take no range that begins past the last address.
     pub fn vdpa() -> Self {
         let (kernel, _) = Self::new();
+        kernel.0.last.store(u32::MAX.into(), Ordering::SeqCst);
         kernel.0.needs_update_first.store(true, Ordering::SeqCst);
         kernel
     }
@@ -76,6 +88,9 @@ impl VhostIotlbBackend for Kernel {
             std::thread::sleep(Duration::from_micros(100));
         }
         let last = message.iova.checked_add(message.size - 1).expect("no range wraps");
+        if last > self.0.last.load(Ordering::SeqCst) {
+            return Err(Error::IOError(io::Error::from(Errno::INVAL)));
+        }
         let mut entries = self.0.entries.lock().unwrap();
         match message.msg_type {
             VhostIotlbType::Update => {

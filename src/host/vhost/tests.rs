@@ -80,6 +80,16 @@ fn a_device_that_does_not_ask_is_told_of_every_mapping() {
 }
 
 #[test]
+fn what_is_forgotten_is_no_wider_than_what_is_mapped() {
+    let mut machine = Machine::new();
+    assert_eq!(machine.send(&[1, 1, ENDPOINT.0, 0, 0]), OK);
+    assert_eq!(machine.map(0x5000, 0x2000, 1), OK);
+    assert_eq!(machine.map(0x9000, 0x3000, 1), OK);
+    assert_eq!(machine.send(&[2, 1, ENDPOINT.0, 0, 0]), OK);
+    assert_eq!(machine.kernel.entries(), [], "all addresses are more than the device takes");
+}
+
+#[test]
 fn a_device_that_has_nothing_mapped_is_not_asked_to_forget() {
     let mapper = VhostMapper::new(Kernel::vdpa(), Constraints { usable: RangeSet::new(), granule: 0x1000 });
     assert_eq!(mapper.unmap(IovaRange::ALL).unwrap(), 0);

@@ -35,6 +35,28 @@ fn kicks_stay_suppressed_for_a_caller_that_goes_on_watching() {
     assert!(has_requests(&bench.queue, &memory), "whoever processes it finds what is wrong");
 }
 
+/// Linux kicks after it has put its buffers back, if it is asked to.
+#[test]
+fn events_that_wait_for_buffers_ask_for_a_kick() {
+    for event_idx in [false, true] {
+        let memory = memory();
+        let mut bench = Bench::new(&memory);
+        bench.queue.set_event_idx(event_idx);
+        bench.queue.set_used_ring_address(Some(0x8000), None);
+        let avail_event = || memory.read_obj::<u16>(GuestAddress(0x8000 + 4 + 8 * u64::from(SIZE))).unwrap();
+        bench.device.handle(&attach_bytes(8), &mut [0; 4]);
+        for _ in 0..2 {
+            bench.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+            bench.device.handle(&map_bytes(), &mut [0; 4]);
+        }
+        bench.mock.desc_table().store(0, descriptor(REPLIES, 24, WRITE, 0)).unwrap();
+        bench.make_available(&[0]);
+        assert_eq!(bench.deliver_faults(64).unwrap().handled, 1);
+        assert_eq!(avail_event(), u16::from(event_idx));
+        assert!(bench.device.first_fault().is_some());
+    }
+}
+
 /// 2.7.7.2: the device notifies when the used index passes the one that the driver asked for, in whatever group it was published.
 #[test]
 fn a_driver_is_notified_when_the_event_it_asked_for_is_passed() {

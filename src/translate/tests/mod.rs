@@ -8,8 +8,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, IommuMemory, 
 use super::*;
 use crate::access::Access;
 use crate::device::{Fault, FaultReason, Settings, VirtioIommu};
-use crate::host::HostGroup;
 use crate::host::refused::RefusalReason;
+use crate::host::{AfterFailure, HostErrorKind, HostGroup};
 use crate::memory::GuestRam;
 use crate::reserved::EndpointView;
 
@@ -126,6 +126,44 @@ fn an_endpoint_reaches_what_its_domain_maps_and_nothing_else() {
 }
 
 #[test]
+fn nothing_is_written_behind_a_piece_that_is_not_there() {
+    let mut machine = Machine::new(Limits::default(), false);
+    assert_eq!(machine.attach(1, DISK), OK);
+    // The second region is on its way out: the VMM has taken it away, and the IOMMU has not heard of it.
+    let first = Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    for (page, physical) in [0x2000, 0x10_0000, 0x4000].into_iter().enumerate() {
+        assert_eq!(machine.map(1, 0x5000 + page as u64 * PAGE, PAGE, physical, READ | WRITE), OK);
+    }
+    let bytes: Vec<u8> = (1..=3).flat_map(|page| [page; PAGE as usize]).collect();
+    let seen = machine.disk.memory(&first);
+    assert!(seen.write_slice(&bytes, GuestAddress(0x5000)).is_err());
+    let mut read = bytes.clone();
+    assert!(seen.read_slice(&mut read, GuestAddress(0x5000)).is_err());
+    assert_eq!(first.read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 1);
+    assert_eq!(first.read_obj::<u8>(GuestAddress(0x4000)).unwrap(), 0);
+    let mut slices = seen.get_slices(GuestAddress(0x5000), 3 * PAGE as usize, Permissions::Write).unwrap();
+    assert!(slices.next().unwrap().is_ok() && slices.next().unwrap().is_err() && slices.next().is_none());
+}
+
+#[test]
+fn nobody_elses_pins_are_waited_for() {
+    let mut machine = Machine::new(Limits::default(), false);
+    assert_eq!(machine.attach(1, DISK), OK);
+    assert_eq!(machine.map(1, 0x5000, PAGE, 0x2000, READ), OK);
+    let _pinned = crossbeam_epoch::pin();
+    assert_eq!(machine.unmap(1, 0x5000, PAGE), OK);
+}
+
+#[test]
+fn a_table_of_another_translation_is_refused() {
+    let [one, other] = [0, 1].map(|_| Translation::new(Limits::default()).group(vec![DISK]));
+    let table = one.new_table().unwrap();
+    let error = other.attach(&table).unwrap_err();
+    assert_eq!((error.error.kind, error.after), (HostErrorKind::Incompatible, AfterFailure::PreviousTable));
+    one.attach(&table).unwrap();
+}
+
+#[test]
 fn bypass_reaches_guest_memory_as_it_is() {
     let machine = Machine::new(Limits::default(), true);
     assert_eq!(pieces(&machine.disk, 0xf_f000, 0x2000, Access::READ_WRITE), [Ok((0xf_f000, 0x2000))]);
@@ -205,10 +243,10 @@ fn the_first_refused_access_that_waits_wakes_whoever_delivers_events() {
     pieces(&disk, 0, 1, Access::READ);
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 1);
-    group.refused().unwrap().pop();
+    group.refused_accesses().unwrap().pop();
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 0, "one is waiting still");
-    while group.refused().unwrap().pop().is_some() {}
+    while group.refused_accesses().unwrap().pop().is_some() {}
     pieces(&disk, 0, 1, Access::READ);
     assert_eq!(receiver.try_iter().count(), 1);
 }

@@ -86,6 +86,23 @@ fn no_answer_allows_more_than_the_guest() {
 }
 
 #[test]
+fn no_access_is_told_as_none() {
+    let mut device = Device::attached();
+    assert_eq!(device.machine.map(1, 0x6000, PAGE, 0x3000, WRITE), OK);
+    device.iotlb.tell(0x6000, Access::NONE).unwrap();
+    assert_eq!(device.entries(), []);
+}
+
+#[test]
+fn a_file_that_blocks_is_refused() {
+    let machine = Machine::new(Limits::default(), false);
+    let (backend, _kernel) = Kernel::blocking();
+    let memory = Arc::new(machine.memory.clone());
+    let error = VhostIotlb::new(&machine.groups[0], DISK, backend, memory, || ()).unwrap_err();
+    assert!(matches!(error, NewVhostIotlbError::Blocking), "{error}");
+}
+
+#[test]
 fn an_answer_goes_as_far_as_memory_belongs_together() {
     let mut device = Device::attached();
     // Two mappings to consecutive memory, across the border of two regions, and one that leads elsewhere.

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A connection that was passed, for a library that takes connections only from a listener: messages that come over it are handed on,
+//! each with its files, to a connection that the library can accept.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use rustix::cmsg_space;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname, listen,
+    recvmsg, sendmsg, socket_with,
+};
+
+/// How many files one message can carry: the kernel's `SCM_MAX_FD`.
+const MOST_FILES: usize = 253;
+/// What every message of vhost-user begins with: request, flags, and the size of the rest, 32 bits each.
+const HEADER: usize = 12;
+/// The library takes no more.
+const LARGEST_BODY: usize = 0x1000;
+
+/// Hands on what comes over a connection, until either side closes it; the listener has one connection to be accepted.
+///
+/// # Errors
+///
+/// There are no sockets or threads left, or another process was quicker to connect.
+pub(super) fn start(frontend: UnixStream) -> io::Result<UnixListener> {
+    let (listener, backend) = listener_and_its_connection()?;
+    let there = (frontend.try_clone()?, backend.try_clone()?);
+    let hand_on = |from: UnixStream, to: UnixStream, end: Shutdown| {
+        move || {
+            // Whatever went wrong, each side sees the end of the connection.
+            let _ = copy(&from, &to);
+            let _ = to.shutdown(end);
+        }
+    };
+    // What the frontend sent before it closed is still answered.
+    std::thread::Builder::new().name("to-backend".to_owned()).spawn(hand_on(there.0, there.1, Shutdown::Write))?;
+    std::thread::Builder::new().name("to-frontend".to_owned()).spawn(hand_on(backend, frontend, Shutdown::Both))?;
+    Ok(listener)
+}
+
+/// A listener whose only connection is the one that is returned too.
+fn listener_and_its_connection() -> io::Result<(UnixListener, UnixStream)> {
+    let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let (listener, stream) = (socket()?, socket()?);
+    // In the abstract name space, with a name of the kernel's choice. Others can connect there too: so there is room for one
+    // connection, and if that is not ours, nothing is served.
+    bind(&listener, &SocketAddrUnix::new_unnamed())?;
+    listen(&listener, 0)?;
+    rustix::io::ioctl_fionbio(&stream, true)?;
+    connect(&stream, &getsockname(&listener)?).map_err(|errno| match errno {
+        Errno::AGAIN => io::Error::other("another process connected to a socket that was not meant for it"),
+        errno => errno.into(),
+    })?;
+    rustix::io::ioctl_fionbio(&stream, false)?;
+    Ok((listener.into(), stream.into()))
+}
+
+/// Copies messages until the end. Never reads past the end of one: the kernel joins what was sent apart, and the files of the next
+/// message would come with this one.
+fn copy(from: &UnixStream, to: &UnixStream) -> io::Result<()> {
+    let (mut header, mut body) = ([0; HEADER], [0; LARGEST_BODY]);
+    loop {
+        let mut files = Vec::new();
+        let length = fill(from, &mut header, &mut files)?;
+        let [.., a, b, c, d] = header;
+        let size = u32::from_ne_bytes([a, b, c, d]) as usize;
+        let Some(body) = body.get_mut(..size).filter(|_| length == HEADER) else {
+            // The end, or too large: the library says what there is to say.
+            return send(to, header.get(..length).unwrap_or_default(), &files);
+        };
+        let got = fill(from, body, &mut files)?;
+        send(to, &[&header, body.get(..got).unwrap_or_default()].concat(), &files)?;
+        if got < size {
+            return Ok(());
+        }
+    }
+}
+
+/// Fills a buffer, except at the end; how much there was. The files that came with it are added.
+fn fill(from: &UnixStream, buffer: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match receive(from, rest, files)? {
+            0 => break,
+            length => filled += length,
+        }
+    }
+    Ok(filled)
+}
+
+fn receive(from: &UnixStream, bytes: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = retry_on_intr(|| recvmsg(from, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags))?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(more) = message {
+            files.extend(more);
+        }
+    }
+    // A message without its files would be another message.
+    if received.flags.contains(ReturnFlags::CTRUNC) || files.len() > MOST_FILES {
+        return Err(io::Error::other("files of the frontend's cannot be taken: there are too many"));
+    }
+    Ok(received.bytes)
+}
+
+/// Sends all of it, the files with the first byte.
+fn send(to: &UnixStream, mut bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
+    let mut files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    while !bytes.is_empty() {
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
+            return Err(io::Error::other("more files than a message can carry"));
+        }
+        match sendmsg(to, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        files.clear();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    /// The frontend's end, and what the library would accept.
+    fn relayed() -> (UnixStream, UnixStream) {
+        let (frontend, passed) = UnixStream::pair().unwrap();
+        let listener = start(passed).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        (frontend, accepted)
+    }
+
+    /// A message with so many bytes after its header.
+    fn message(size: usize) -> Vec<u8> {
+        let header = [1, 1, size as u32].map(u32::to_ne_bytes).concat();
+        header.into_iter().chain((0..size).map(|index| index as u8)).collect()
+    }
+
+    /// What arrives of a message, and its files.
+    fn receive_all(from: &UnixStream, length: usize) -> (Vec<u8>, Vec<OwnedFd>) {
+        let (mut bytes, mut files) = (vec![0; length], Vec::new());
+        let filled = fill(from, &mut bytes, &mut files).unwrap();
+        bytes.truncate(filled);
+        (bytes, files)
+    }
+
+    #[test]
+    fn messages_arrive_as_they_were_sent_each_with_its_files() {
+        for to_backend in [true, false] {
+            let (frontend, accepted) = relayed();
+            let (from, to) = if to_backend { (frontend, accepted) } else { (accepted, frontend) };
+            let file = tempfile::tempfile().unwrap();
+            let inode = file.metadata().unwrap().ino();
+            let many: Vec<OwnedFd> = (0..MOST_FILES).map(|_| file.try_clone().unwrap().into()).collect();
+            // All of them are there before the first is received.
+            let sent = [(0, 0), (8, 1), (LARGEST_BODY, 0), (0, 2), (100, MOST_FILES), (8, 0), (8, 3)];
+            for _ in 0..20 {
+                for (size, count) in sent {
+                    send(&from, &message(size), &many[..count]).unwrap();
+                }
+                for (size, count) in sent {
+                    let (bytes, files) = receive_all(&to, HEADER + size);
+                    assert_eq!((bytes, files.len()), (message(size), count));
+                    assert!(files.into_iter().all(|file| File::from(file).metadata().unwrap().ino() == inode));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_side_sees_the_others_end_after_what_it_said() {
+        let whole = message(20);
+        let too_large = [1, 1, LARGEST_BODY as u32 + 1].map(u32::to_ne_bytes).concat();
+        for said in [&whole[..], &whole[..HEADER - 1], &whole[..=HEADER], &too_large] {
+            let (mut frontend, mut accepted) = relayed();
+            frontend.write_all(said).unwrap();
+            frontend.shutdown(Shutdown::Write).unwrap();
+            let mut heard = Vec::new();
+            accepted.read_to_end(&mut heard).unwrap();
+            assert_eq!(heard, said);
+            // It is answered all the same.
+            accepted.write_all(&whole).unwrap();
+            drop(accepted);
+            heard.clear();
+            frontend.read_to_end(&mut heard).unwrap();
+            assert_eq!(heard, whole);
+        }
+    }
+
+    #[test]
+    fn more_files_than_fit_a_message_end_the_connection() {
+        let (frontend, mut accepted) = relayed();
+        let files: Vec<OwnedFd> = (0..MOST_FILES).map(|_| tempfile::tempfile().unwrap().into()).collect();
+        let message = message(8);
+        for byte in 0..2 {
+            send(&frontend, &message[byte..=byte], &files).unwrap();
+        }
+        assert_eq!(accepted.read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn there_is_room_for_one_connection_only() {
+        let (listener, _stream) = listener_and_its_connection().unwrap();
+        let other = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+        assert_eq!(connect(&other, &getsockname(&listener).unwrap()), Err(Errno::AGAIN));
+    }
+}

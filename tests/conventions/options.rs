@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the program does by its options, where other topics do not have it.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+
+use serde_json::{Value, json};
+
+use super::host::Host;
+use super::*;
+
+/// The input range in a device's configuration: start, end.
+fn input_range(options: &[&str]) -> ([u64; 2], String) {
+    let place = Place::new();
+    let daemon = place.start(Start::with(options));
+    let (machine, config) = use_device(UnixStream::connect(&place.socket).unwrap());
+    drop(machine);
+    let ended = daemon.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    let at = |offset: usize| u64::from_le_bytes(config[offset..offset + 8].try_into().unwrap());
+    assert_eq!(at(0) & at(0).wrapping_neg(), rustix::param::page_size() as u64, "the host's page is the smallest");
+    ([at(8), at(16)], ended.err)
+}
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked_for() {
+    for options in [
+        &["--print-capabilities"][..],
+        &["--print-capabilities", "--socket-path=/nowhere/socket", "--fd=99"],
+        &["--no-such-option", "--endpoint=fish", "--print-capabilities"],
+    ] {
+        let Ended { code, out, err } = Start::with(options).run();
+        assert_eq!((code, err.as_str()), (Some(0), ""));
+        assert_eq!(serde_json::from_str::<Value>(&out).unwrap(), json!({ "type": "iommu" }));
+    }
+}
+
+#[test]
+fn a_daemon_without_endpoints_offers_what_it_was_told_to_or_48_bits() {
+    for (options, range) in [
+        (&[][..], [0, 0xffff_ffff_ffff]),
+        (&["--max-address-width=39"], [0, 0x7f_ffff_ffff]),
+        (&["--input-range=1000-ffffffff"], [0x1000, 0xffff_ffff]),
+    ] {
+        let (offered, said) = input_range(options);
+        assert_eq!(offered, range);
+        let told = format!("no endpoint is given: the guest is offered {:#x}-{:#x} in pages of", range[0], range[1]);
+        assert!(said.contains(&told), "{said}");
+    }
+}
+
+#[test]
+fn a_check_says_what_a_start_would_and_touches_no_socket() {
+    let place = Place::new();
+    let check =
+        |options: &[&str]| Start::with(&[&["--check"], options].concat()).option("socket-path", &place.socket).run();
+    let Ended { code, out, err } = check(&["--max-address-width=32"]);
+    assert_eq!((code, out.as_str()), (Some(0), "input range: 0x0-0xffffffff\n"), "{err}");
+    assert!(err.contains("no endpoint is given"), "{err}");
+    let Ended { code, out, .. } = check(&["--json", "--input-range=0-fffff"]);
+    assert_eq!(code, Some(0));
+    assert_eq!(
+        serde_json::from_str::<Value>(&out).unwrap(),
+        json!({ "input_range": ["0x0", "0xfffff"], "endpoints": [] })
+    );
+    assert!(!place.socket.exists());
+
+    // Somebody waits for a frontend there, and goes on doing so.
+    let listener = place.listener();
+    listener.set_nonblocking(true).unwrap();
+    let Ended { code, out, err } = check(&[]);
+    assert_eq!((code, out.as_str()), (Some(2), ""));
+    assert!(err.contains("in use by another process"), "{err}");
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    // A dead socket could be replaced, and is not.
+    drop(listener);
+    assert_eq!(check(&[]).code, Some(0));
+    assert!(place.socket.exists());
+    assert_eq!(Start::with(&["--json"]).option("socket-path", &place.socket).run().code, Some(2));
+}
+
+#[test]
+fn a_check_ends_as_a_start_would() {
+    let place = Place::new();
+    let facts = place.path("facts.json");
+    fs::write(&facts, "fish").unwrap();
+    let facts = format!("--facts={}", facts.display());
+    for options in [
+        &[facts.as_str()][..],
+        &["--input-range=0-fff0"],
+        &["--iommufd-fd=3"],
+        &["--endpoint=id=00:03.0,cdev-fd=3"],
+        &["--ready-fd=77"],
+        &["--log-format=fish"],
+    ] {
+        let run = |more: &[&str]| {
+            let Ended { code, err, .. } =
+                Start::with(&[options, more].concat()).option("socket-path", &place.socket).third(null()).run();
+            // Without the time, and how the command line is summed up.
+            let said = err.split("\n\nUsage:").next().and_then(|said| said.split_once(' '));
+            (code, said.map(|(_, said)| said.to_owned()))
+        };
+        let started = run(&[]);
+        assert_eq!(started.0, Some(2), "{started:?}");
+        assert_eq!(run(&["--check"]), started, "{options:?}");
+    }
+    let nowhere = place.path("nowhere/socket");
+    let run = |options: &[&str]| Start::with(options).option("socket-path", &nowhere).run();
+    let (started, checked) = (run(&[]), run(&["--check"]));
+    assert_eq!((started.code, checked.code), (Some(1), Some(1)), "{started:?} {checked:?}");
+    assert!(
+        started.err.contains("nowhere/socket: No such file") && checked.err.contains("nowhere/socket: No such file")
+    );
+}
+
+#[test]
+fn a_check_looks_at_the_files_and_the_host_of_endpoints() {
+    let Some(host) = Host::new() else { return };
+    let place = Place::new();
+    let check = |more: &[&str]| {
+        host.daemon(
+            Start::with(&[&["--check", "--json", "--log-level=warn"], more].concat())
+                .option("socket-path", &place.socket),
+        )
+    };
+    let Ended { code, out, err } = check(&["--endpoint=id=00:03.0,cdev-fd=4,host=01:00.0", "--input-range=0-ffffffff"]);
+    assert_eq!(code, Some(0), "{err}");
+    let plan: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(plan["input_range"], json!(["0x0", "0xffffffff"]));
+    let endpoint = &plan["endpoints"][0];
+    assert_eq!((&endpoint["id"], &endpoint["attachable"]), (&json!("0000:00:03.0"), &json!(true)));
+    assert_eq!(endpoint["resv"], json!([{ "start": "0xfee00000", "end": "0xfeefffff", "subtype": "msi" }]));
+    let Ended { code, out, err } = check(&["--endpoint=id=00:03.0,cdev-fd=4,host=02:00.0"]);
+    assert_eq!((code, out.as_str()), (Some(2), ""));
+    assert!(err.contains("fd 4 is for the host device 0000:01:00.0, not 0000:02:00.0"), "{err}");
+    assert!(!place.socket.exists());
+}
