@@ -216,10 +216,10 @@ mod passed {
             let adopted = of(UnixListener::bind(&path).unwrap().into()).unwrap();
             assert_eq!(adopted.local_addr().unwrap().as_pathname(), Some(path.as_path()));
             for (socket, found) in [
-                (File::open("/dev/null").unwrap().into(), "a file without a device"),
+                (File::open("/dev/null").unwrap().into(), "a character device"),
                 (std::os::unix::net::UnixStream::pair().unwrap().0.into(), "a socket that does not listen"),
-                (std::os::unix::net::UnixDatagram::unbound().unwrap().into(), "another kind of socket"),
-                (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), "another kind of socket"),
+                (std::os::unix::net::UnixDatagram::unbound().unwrap().into(), "a Unix socket of another type"),
+                (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), "a socket of another family"),
             ] {
                 let error = of(socket).unwrap_err();
                 let cause = std::error::Error::source(&error).unwrap().to_string();
