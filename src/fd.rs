@@ -6,11 +6,11 @@
 mod kind;
 
 #[cfg(any(feature = "iommufd", feature = "type1"))]
-pub use kind::{FileKind, WrongFile};
+pub use kind::{FileKind, VfioMajor, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]
-pub(crate) use passed::{Adopted, PassedSocket, adopt, adopt_socket, adopt_writable, close_inherited};
+pub(crate) use passed::{Adopted, PassedSocket, adopt, adopt_listener, adopt_socket, adopt_writable, close_inherited};
 
 /// Another descriptor of a file that is known by its number only.
 ///
@@ -40,7 +40,7 @@ mod passed {
 
     use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
-    use super::kind::{SOCKET, WRITABLE, check_writable, listens};
+    use super::kind::{LISTENER, SOCKET, WRITABLE, check_listens, check_writable, listens};
     use super::{FileKind, WrongFile};
 
     /// A file that was adopted.
@@ -126,6 +126,16 @@ mod passed {
         Ok(file.into())
     }
 
+    /// Takes over a Unix stream socket that listens, as [`adopt`] does a device's file.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; the socket is left alone.
+    pub(crate) fn adopt_listener(number: RawFd) -> Result<UnixListener, AdoptError> {
+        let (socket, ()) = take_over(number, LISTENER, check_listens)?;
+        Ok(socket.into())
+    }
+
     /// Takes over a file for which a check holds, and returns what that found.
     fn take_over<T>(
         number: RawFd,
@@ -193,6 +203,28 @@ mod passed {
             assert!(text(1_000_000).contains("not open"));
             assert!(text(inherited("/")).contains("a directory is not /dev/iommu"));
             assert!(text(inherited("/dev/null")).contains("/dev/null is not /dev/iommu"));
+        }
+
+        #[test]
+        fn only_a_socket_that_listens_is_adopted_as_one() {
+            let of = |socket: OwnedFd| {
+                fcntl_setfd(&socket, FdFlags::empty()).unwrap();
+                adopt_listener(socket.into_raw_fd())
+            };
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("socket");
+            let adopted = of(UnixListener::bind(&path).unwrap().into()).unwrap();
+            assert_eq!(adopted.local_addr().unwrap().as_pathname(), Some(path.as_path()));
+            for (socket, found) in [
+                (File::open("/dev/null").unwrap().into(), "a character device"),
+                (std::os::unix::net::UnixStream::pair().unwrap().0.into(), "a socket that does not listen"),
+                (std::os::unix::net::UnixDatagram::unbound().unwrap().into(), "a Unix socket of another type"),
+                (std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(), "a socket of another family"),
+            ] {
+                let error = of(socket).unwrap_err();
+                let cause = std::error::Error::source(&error).unwrap().to_string();
+                assert!(cause.contains(found), "{cause}");
+            }
         }
 
         #[test]

@@ -63,6 +63,7 @@
 //! | [`embed`] | the device behind a VMM's transport and event loop | `embed`, `event-manager` |
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
 //! | [`vhost_user`] | the device behind a vhost-user connection; the daemon | `vhost-user`; `daemon` |
+//! | [`control`] | what an operator asks and changes while a guest runs: the daemon's control socket | `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
 //! # Threats
@@ -83,6 +84,8 @@
 
 pub mod access;
 pub mod causes;
+#[cfg(feature = "daemon")]
+pub mod control;
 pub mod device;
 #[cfg(feature = "embed")]
 pub mod embed;

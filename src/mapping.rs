@@ -243,6 +243,17 @@ impl MappingTable {
         }))
     }
 
+    /// The mappings that reach to an address or start behind it, ascending.
+    pub fn from(&self, address: u64) -> impl Iterator<Item = Mapping> {
+        let reaching = self.at(address).filter(|mapping| mapping.iova.start() < address);
+        let first = self.place_before(address);
+        let behind = self.leaves.iter().enumerate().skip(first.leaf).flat_map(move |(leaf, entry)| {
+            let from = if leaf == first.leaf { first.behind } else { 0 };
+            entry.leaf.mappings(from..entry.leaf.len())
+        });
+        reaching.into_iter().chain(behind)
+    }
+
     /// Removes every mapping that starts in a range; how many.
     pub fn remove(&mut self, iova: IovaRange) -> usize {
         let before = self.count;
@@ -341,6 +352,8 @@ mod tests {
                 }
                 Err(WouldSplit) => prop_assert!(split),
             }
+            let behind = mapped.iter().copied().filter(|iova| iova.last() >= start);
+            prop_assert_eq!(table.from(start).map(|mapping| mapping.iova).collect::<Vec<_>>(), behind.collect::<Vec<_>>());
         }
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Looks at a host and prepares a guest: arguments in, exit code out.
+//! Looks at a host, prepares a guest, asks a running daemon: arguments in, exit code out.
 
 use std::error::Error;
 use std::fs;
@@ -13,6 +13,8 @@ use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
+use virtio_iommu::launch::memlock::{self, Demand, Grant};
+use virtio_iommu::launch::operate::Operation;
 use virtio_iommu::launch::{Assignment, Directory, Launch, Size, picture, qemu, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
@@ -23,7 +25,7 @@ use virtio_iommu::reserved::report;
 use virtio_iommu::reserved::sysfs::Sysfs;
 use virtio_iommu::topology::viot::{self, PciFunctions};
 
-/// Looks at a host's IOMMU groups and prepares what a guest with a virtio-iommu needs.
+/// Looks at a host's IOMMU groups, prepares what a guest with a virtio-iommu needs, and asks and changes a running daemon.
 #[derive(Debug, Parser)]
 #[command(name = "viommuctl", version, max_term_width = 100)]
 struct Arguments {
@@ -98,6 +100,31 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
+    #[command(flatten)]
+    Operate(Operation),
+    /// Says how much memory a guest may have locked, and how many mappings it may need, and whether this host grants that.
+    ///
+    /// Exits with 0 if it does, with 3 if it does not. The limits are those of whoever runs this, and of what it starts.
+    Memlock {
+        /// The guest's memory, such as 96G.
+        #[arg(long, value_name = "SIZE")]
+        memory: Size,
+        /// In pages of which size the guest maps it, such as 4K or 2M.
+        #[arg(long, value_name = "SIZE", default_value = "2M")]
+        page: Size,
+        /// How many devices are assigned.
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        devices: u64,
+        /// What the daemon is given as --max-mappings.
+        #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+        max_mappings: u64,
+        /// What the daemon is given as --max-mappings-in-all.
+        #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+        max_mappings_in_all: u64,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Writes the ACPI table that puts PCI functions of the guest behind its virtio-iommu.
     Viot {
         /// Where the guest has the virtio-iommu.
@@ -130,6 +157,12 @@ struct RunArguments {
     /// `$XDG_RUNTIME_DIR` or /tmp. One that is there must belong to the user, who alone can write to it.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+    /// How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most 8. The daemon then has a control
+    /// socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: 00:10.0
+    /// and on, and no other bridges before them.
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_value_t = 0, default_missing_value = "4",
+        value_parser = clap::value_parser!(u8).range(0..=8))]
+    hotplug: u8,
     /// Do nothing, and print the lines that a shell could run instead.
     #[arg(long)]
     print: bool,
@@ -154,6 +187,10 @@ fn main() -> ExitCode {
         Command::Plan { facts, json, svg } => run_plan(&facts, json, svg),
         Command::Inspect { devices, facts_out, json, sysfs, proc, policy, guest_ram, svg } => {
             run_inspect(&Host { sysfs, proc }, &devices, &InspectOptions { policy, guest_ram, facts_out, json, svg })
+        }
+        Command::Operate(operation) => operation.run().map_err(|error| Failure(error.exit_code(), error.into())),
+        Command::Memlock { memory, page, devices, max_mappings, max_mappings_in_all, json } => {
+            run_memlock(&Demand { memory, page, devices, max_mappings, max_mappings_in_all }, json)
         }
         Command::Viot { iommu, endpoints, output } => run_viot(iommu, &endpoints, &output),
     };
@@ -189,6 +226,19 @@ fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
     if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
 }
 
+fn run_memlock(demand: &Demand, json: bool) -> Result<(), Failure> {
+    if demand.page.0 == 0 {
+        return Err(Failure(2, "--page must not be 0".into()));
+    }
+    let needs = memlock::needs(demand, Grant::of_this_process(), memlock::type1_limit());
+    if json {
+        println!("{}", serde_json::to_string_pretty(&needs).map_err(|error| Failure(1, error.into()))?);
+    } else {
+        println!("{needs}");
+    }
+    if needs.granted { Ok(()) } else { Err(Failure(3, "this host does not grant all of that: see above".into())) }
+}
+
 impl RunArguments {
     fn launch(self) -> Result<Launch, Failure> {
         let mut guest = self.guest;
@@ -215,6 +265,7 @@ impl RunArguments {
             daemon: self.daemon.or(beside).unwrap_or_else(|| "vhost-device-iommu".into()),
             daemon_options: self.daemon_option,
             directory: self.directory.map_or_else(own, Directory::Given),
+            hotplug: self.hotplug,
             qemu: self.qemu,
         })
     }

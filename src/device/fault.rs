@@ -74,11 +74,23 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Faults that wait for a buffer of the guest: the oldest are kept, later ones are counted when there is no room.
+/// A fault with its number: faults are counted from 1 on, in the order in which they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordedFault {
+    /// Its number.
+    pub number: u64,
+    /// The fault.
+    pub fault: Fault,
+}
+
+/// Faults that wait for a buffer of the guest: the oldest are kept, later ones are counted when there is no room. Beside them the
+/// latest, for the operator.
 #[derive(Debug, Default)]
 pub(super) struct FaultQueue {
     waiting: VecDeque<Fault>,
     dropped: u64,
+    recent: VecDeque<RecordedFault>,
+    recorded: u64,
 }
 
 impl FaultQueue {
@@ -86,6 +98,11 @@ impl FaultQueue {
     const CAPACITY: usize = 256;
 
     pub fn push(&mut self, fault: Fault) {
+        self.recorded += 1;
+        if self.recent.len() == Self::CAPACITY {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(RecordedFault { number: self.recorded, fault });
         if self.waiting.len() < Self::CAPACITY {
             self.waiting.push_back(fault);
         } else {
@@ -109,9 +126,20 @@ impl FaultQueue {
         self.dropped
     }
 
+    /// The latest faults, in their order.
+    pub fn recent(&self) -> impl Iterator<Item = &RecordedFault> {
+        self.recent.iter()
+    }
+
+    /// How many there were.
+    pub const fn recorded(&self) -> u64 {
+        self.recorded
+    }
+
     /// Drops the faults of an endpoint.
     pub fn forget(&mut self, endpoint: EndpointId) {
         self.waiting.retain(|fault| fault.endpoint != endpoint);
+        self.recent.retain(|recorded| recorded.fault.endpoint != endpoint);
     }
 
     pub fn clear(&mut self) {

@@ -33,6 +33,7 @@ mod notice;
 mod plug;
 mod state;
 mod statistics;
+mod status;
 #[cfg(test)]
 mod tests;
 mod trace;
@@ -44,11 +45,12 @@ use group::{Group, GroupTable};
 use notice::NoticeQueue;
 use trace::Tracer;
 
-pub use fault::{Fault, FaultReason};
+pub use fault::{Fault, FaultReason, RecordedFault};
 pub use map::UnfinishedMap;
 pub use notice::Notice;
 pub use state::{DeviceState, DomainState, FaultState, MappingState, RestoreError};
 pub use statistics::{Count, Statistics};
+pub use status::{DomainStatus, EndpointStatus, MappedRange, Translation};
 pub use trace::Exchange;
 
 /// What a device offers and how much it may use. Fixed for the life of the device.

@@ -57,6 +57,8 @@ impl VirtioIommu {
         }
         self.group(group).host.release(id);
         self.endpoints.remove(&id);
+        // What the host refused it before is no fault of whoever has the ID next.
+        self.collect_refused_accesses();
         self.faults.forget(id);
         if let Some(domain) = domain {
             self.leave_domain(domain, id);

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
@@ -65,6 +66,55 @@ impl fmt::Display for FileKind {
     }
 }
 
+/// How the kernel numbers the files of VFIO devices: found while the process may still read `/proc`, it tells such files from others
+/// without looking anything up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VfioMajor(u32);
+
+impl VfioMajor {
+    /// Asks the kernel; `None` if VFIO is not there, or has no device files.
+    ///
+    /// # Errors
+    ///
+    /// `/proc/devices` cannot be read.
+    pub fn find() -> io::Result<Option<Self>> {
+        Ok(Self::in_list(&fs::read_to_string("/proc/devices")?))
+    }
+
+    /// Files with this number, which need not be VFIO's.
+    #[cfg(test)]
+    pub(crate) const fn for_tests(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// The number in a list such as `/proc/devices`.
+    fn in_list(list: &str) -> Option<Self> {
+        // A block device may have the same name or number.
+        let characters = list.split_once("Block devices:").map_or(list, |(characters, _)| characters);
+        // drivers/vfio/device_cdev.c
+        let number = characters.lines().find_map(|line| line.trim().strip_suffix(" vfio-dev"))?;
+        number.parse().ok().map(Self)
+    }
+
+    /// Makes sure that a file is a VFIO device's, and says which one's: two files have the same number only if they are the same
+    /// device's.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongFile`]
+    pub fn check(self, file: &impl AsFd) -> Result<u64, WrongFile> {
+        let wrong = |found| WrongFile { found, expected: FileKind::VfioDevice.name() };
+        let stat = fstat(file).map_err(|errno| wrong(errno.to_string()))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::CharacterDevice if major(stat.st_rdev) == self.0 => Ok(stat.st_rdev),
+            FileType::CharacterDevice => {
+                Err(wrong(format!("character device {}:{}", major(stat.st_rdev), minor(stat.st_rdev))))
+            }
+            other => Err(wrong(format!("a {}", describe(other)))),
+        }
+    }
+}
+
 /// A file that is not what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{found} is not {expected}")]
@@ -79,6 +129,21 @@ pub(super) const SOCKET: &str = "a Unix stream socket that listens or is connect
 /// What a descriptor for readiness must be, for messages.
 #[cfg(feature = "daemon")]
 pub(super) const WRITABLE: &str = "a pipe or another file that can be written to";
+
+/// What a socket that others connect to must be, for messages.
+#[cfg(feature = "daemon")]
+pub(super) const LISTENER: &str = "a Unix stream socket that listens";
+
+/// Makes sure that a file is a Unix stream socket that listens.
+#[cfg(feature = "daemon")]
+pub(super) fn check_listens(file: BorrowedFd<'_>) -> Result<(), WrongFile> {
+    let found = match listens(file) {
+        Ok(true) => return Ok(()),
+        Ok(false) => "a socket that does not listen".to_owned(),
+        Err(wrong) => wrong.found,
+    };
+    Err(WrongFile { found, expected: LISTENER })
+}
 
 /// Whether a Unix stream socket listens, rather than being connected.
 #[cfg(feature = "daemon")]
@@ -144,6 +209,18 @@ fn describe(file_type: FileType) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_of_vfio_are_told_by_number() {
+        let list = "Character devices:\n  1 mem\n243 vfio\n242 vfio-dev\n\nBlock devices:\n  9 vfio-dev\n";
+        assert_eq!(VfioMajor::in_list(list), Some(VfioMajor(242)));
+        assert_eq!(VfioMajor::in_list("Character devices:\n243 vfio\n\nBlock devices:\n  9 vfio-dev\n"), None);
+        let null = fs::File::open("/dev/null").unwrap();
+        assert!(VfioMajor(1).check(&null).is_ok(), "memory devices have number 1");
+        let text = |file: &fs::File| VfioMajor(242).check(file).unwrap_err().to_string();
+        assert_eq!(text(&null), "character device 1:3 is not /dev/vfio/devices/vfioN");
+        assert_eq!(text(&fs::File::open("/").unwrap()), "a directory is not /dev/vfio/devices/vfioN");
+    }
 
     #[test]
     fn nodes_are_told_apart_by_name() {

@@ -4,15 +4,15 @@
 //! not.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use super::inspect::inspect;
+use super::memlock::{Grant, locked_at_most};
 use super::size::Size;
 use crate::causes::with_causes;
 use crate::id::PciAddress;
@@ -132,7 +132,8 @@ impl fmt::Display for Report {
 
 /// Looks at the host. Devices that are idle are attached to an empty address space for a moment.
 pub fn check(host: &Host, question: &Question) -> Report {
-    let findings = vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory)];
+    let findings =
+        vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory, question.devices.len())];
     let devices: Vec<_> = question.devices.iter().map(|device| check_device(host, *device, question)).collect();
     let ready = all_well(&findings) && devices.iter().all(|device| device.ready);
     Report { ready, host: findings, devices }
@@ -171,39 +172,28 @@ fn check_qemu(qemu: &Path) -> Finding {
     }
 }
 
-fn check_memlock(memory: Option<Size>) -> Finding {
-    // include/uapi/linux/capability.h
-    const CAP_IPC_LOCK: u32 = 14;
-    if effective_capabilities().is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1) {
-        return Finding::ok("locked memory is not limited for this user (CAP_IPC_LOCK)");
-    }
-    let limit = getrlimit(Resource::Memlock).current;
-    let Some(limit) = limit else {
-        return Finding::ok("locked memory is not limited");
+fn check_memlock(memory: Option<Size>, devices: usize) -> Finding {
+    let limit = match Grant::of_this_process() {
+        Grant::Capability => return Finding::ok("locked memory is not limited for this user (CAP_IPC_LOCK)"),
+        Grant::Unlimited => return Finding::ok("locked memory is not limited"),
+        Grant::Limit(limit) => limit,
     };
     let Some(memory) = memory else {
         let remedy = "give the guest's memory with --memory to see whether that is enough";
         return Finding::warning(format!("locked memory is limited to {}", Size(limit)), remedy);
     };
-    // The VMM's own table, the guest's memory once more while in bypass, and again as far as the guest maps it.
-    let needed = Size(memory.0.saturating_mul(3));
+    let needed = Size(locked_at_most(memory.0, devices as u64));
     if limit >= needed.0 {
         return Finding::ok(format!("{} of locked memory is enough for a guest of {memory}", Size(limit)));
     }
     Finding::no(
         format!(
             "locked memory is limited to {}, and a guest of {memory} may need {needed}: QEMU locks all of it, bypass all of \
-             it, and the guest's mappings up to all of it",
+             it, and the guest's mappings up to all of it for each device",
             Size(limit)
         ),
         format!("raise the limit: `ulimit -l {}`, or LimitMEMLOCK={needed} in a systemd unit", needed.0 >> 10),
     )
-}
-
-fn effective_capabilities() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(set.trim(), 16).ok()
 }
 
 fn check_device(host: &Host, device: PciAddress, question: &Question) -> DeviceReport {
@@ -342,6 +332,7 @@ fn check_usable(host: &Host, device: PciAddress) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::fd::WrongFile;
-use crate::host::HostError;
 use crate::host::iommufd::{Iommufd, VfioDevice};
 use crate::host::type1::{Container, VfioGroup};
+use crate::host::{Constraints, HostError};
 use crate::id::PciAddress;
 use crate::range::RangeSet;
 use crate::reserved::gather::{GatherError, Host};
@@ -28,6 +28,8 @@ pub struct Inspection {
     pub group: IommuGroup,
     /// What the host shows of the group.
     pub facts: HostFacts,
+    /// The smallest page that can be mapped for the group, in bytes, if the host tells.
+    pub granule: Option<u64>,
     /// Why the usable addresses could not be found out, if so.
     pub usable_unknown: Option<UsableError>,
 }
@@ -68,42 +70,51 @@ pub enum UsableError {
 /// [`GatherError`]
 pub fn inspect(host: &Host, address: PciAddress) -> Result<Inspection, GatherError> {
     let (group, mut facts) = host.facts(address)?;
-    let usable_unknown = match usable(host, address, group.number) {
-        Ok((usable, source)) => {
-            facts.usable = Some(usable);
+    let (granule, usable_unknown) = match usable(host, address, group.number) {
+        Ok(Usable { addresses, granule, source }) => {
+            facts.usable = Some(addresses);
             facts.sources.insert(Fact::Usable, source);
-            None
+            (granule, None)
         }
-        Err(error) => Some(error),
+        Err(error) => (None, Some(error)),
     };
-    Ok(Inspection { group, facts, usable_unknown })
+    Ok(Inspection { group, facts, granule, usable_unknown })
 }
 
-/// The addresses that a group can use, by whichever interface this host has.
-fn usable(host: &Host, address: PciAddress, group: u32) -> Result<(RangeSet, Source), UsableError> {
+/// What a group can use.
+struct Usable {
+    addresses: RangeSet,
+    granule: Option<u64>,
+    source: Source,
+}
+
+/// What a group can use, by whichever interface this host has.
+fn usable(host: &Host, address: PciAddress, group: u32) -> Result<Usable, UsableError> {
     if !host.is_here() {
         return Err(UsableError::Elsewhere);
     }
     let sysfs = Sysfs::new(&host.sysfs);
     if let Some(node) = sysfs.vfio_node(address).unwrap_or_default().filter(|_| Path::new(IOMMUFD).exists()) {
-        return Ok((usable_by_iommufd(address, &Path::new(VFIO).join("devices").join(node))?, Source::Iommufd));
+        let constraints = constraints_by_iommufd(address, &Path::new(VFIO).join("devices").join(node))?;
+        let (addresses, granule) = (constraints.usable, Some(constraints.granule));
+        return Ok(Usable { addresses, granule, source: Source::Iommufd });
     }
     if !sysfs.is_noiommu(group) && Path::new(VFIO).join(group.to_string()).exists() {
-        return Ok((usable_by_type1(group)?, Source::VfioType1));
+        return Ok(Usable { addresses: usable_by_type1(group)?, granule: None, source: Source::VfioType1 });
     }
     Err(UsableError::NotBound)
 }
 
-/// The addresses that a device can use, from an address space of iommufd made for that question.
+/// What a device can map, from an address space of iommufd made for that question.
 ///
 /// # Errors
 ///
 /// [`UsableError`]
-fn usable_by_iommufd(address: PciAddress, node: &Path) -> Result<RangeSet, UsableError> {
+fn constraints_by_iommufd(address: PciAddress, node: &Path) -> Result<Constraints, UsableError> {
     let iommufd = Arc::new(Iommufd::new(open(Path::new(IOMMUFD))?)?);
     let device = VfioDevice::new(open(node)?, address.to_string())?;
     device.bind(&iommufd)?;
-    Ok(device.constraints(&iommufd)?.usable)
+    Ok(device.constraints(&iommufd)?)
 }
 
 /// The addresses that a group can use, from a container of VFIO type1 made for that question.

@@ -5,8 +5,11 @@
 pub mod check;
 mod directory;
 pub mod inspect;
+pub mod memlock;
+pub mod operate;
 pub mod picture;
 pub mod qemu;
+pub mod qmp;
 mod run;
 pub mod show;
 mod size;

@@ -10,6 +10,13 @@ use super::size::{ParseSizeError, Size};
 use crate::id::PciAddress;
 use crate::spec;
 
+/// What QEMU calls its iommufd.
+pub(super) const IOMMUFD: &str = "viommu-iommufd";
+/// Where the first of the ports for devices that are added later is, on the root bus.
+const FIRST_PORT: u8 = 0x10;
+/// How many ports there can be.
+pub const MOST_PORTS: u8 = 8;
+
 /// Marks the place in a command line where the arguments go; without it they go to the end.
 const PLACE: &str = "@IOMMU@";
 
@@ -26,6 +33,27 @@ pub(super) struct Parts {
     pub iommu: PciAddress,
     /// Where the guest has each device, and the number of its inherited file.
     pub devices: Vec<(PciAddress, RawFd)>,
+    /// For devices that are added later.
+    pub hotplug: Option<Hotplug>,
+}
+
+/// What QEMU needs for devices that are added while the guest runs.
+#[derive(Clone, Debug)]
+pub struct Hotplug {
+    /// How many ports there are, each for one device: from 00:10.0 on, at most [`MOST_PORTS`]. The firmware numbers the buses behind
+    /// them from 1 on, if there are no other bridges.
+    pub ports: u8,
+    /// Where QEMU's monitor listens.
+    pub monitor: PathBuf,
+}
+
+/// What QEMU calls the port whose bus has this number in the guest; `None` for the root bus.
+pub fn port_of_bus(bus: u8) -> Option<String> {
+    Some(port(bus.checked_sub(1)?))
+}
+
+fn port(index: u8) -> String {
+    format!("viommu-port{index}")
 }
 
 /// A command line that nothing can be added to.
@@ -88,11 +116,19 @@ pub(super) fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, 
         spec::config::SIZE
     );
     added.extend(["-device".to_owned(), device]);
-    added.extend(["-object".to_owned(), format!("iommufd,id=viommu-iommufd,fd={}", parts.iommufd)]);
+    added.extend(["-object".to_owned(), format!("iommufd,id={IOMMUFD},fd={}", parts.iommufd)]);
     for (index, (guest, fd)) in parts.devices.iter().enumerate() {
         // QEMU 11.1 crashes on fd= without id=.
-        let device = format!("vfio-pci,id=viommu-device{index},fd={fd},iommufd=viommu-iommufd,addr={}", slot(*guest)?);
+        let device = format!("vfio-pci,id=viommu-device{index},fd={fd},iommufd={IOMMUFD},addr={}", slot(*guest)?);
         added.extend(["-device".to_owned(), device]);
+    }
+    if let Some(Hotplug { ports, monitor }) = &parts.hotplug {
+        added.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", escape(monitor))]);
+        for index in 0..*ports {
+            let (id, number, place) = (port(index), index + 1, FIRST_PORT + index);
+            added.push("-device".to_owned());
+            added.push(format!("pcie-root-port,id={id},bus=pcie.0,addr={place:x}.0,chassis={number},slot={number}"));
+        }
     }
     Ok(match command.iter().position(|argument| argument == PLACE) {
         Some(place) => {
@@ -172,6 +208,7 @@ mod tests {
             iommufd: 8,
             iommu: "00:01.0".parse().unwrap(),
             devices: vec![("00:03.0".parse().unwrap(), 9), ("00:1f.7".parse().unwrap(), 10)],
+            hotplug: None,
         }
     }
 
@@ -204,6 +241,17 @@ mod tests {
         assert_eq!(make(line).unwrap(), format!("{line} {IOMMU}"));
         let numa = "qemu -object memory-backend-memfd,share=on,id=a,size=4G -numa node,memdev=a";
         assert_eq!(make(numa).unwrap(), format!("{numa} {IOMMU}"));
+    }
+
+    #[test]
+    fn ports_are_made_for_what_comes_later() {
+        let hotplug = Some(Hotplug { ports: 2, monitor: "/run/qmp.sock".into() });
+        let made = command(&words("qemu -m 1G"), &Parts { hotplug, ..parts() }).unwrap().join(" ");
+        let expected = "-qmp unix:/run/qmp.sock,server=on,wait=off \
+             -device pcie-root-port,id=viommu-port0,bus=pcie.0,addr=10.0,chassis=1,slot=1 \
+             -device pcie-root-port,id=viommu-port1,bus=pcie.0,addr=11.0,chassis=2,slot=2";
+        assert!(made.ends_with(expected), "{made}");
+        assert_eq!((port_of_bus(2), port_of_bus(0)), (Some("viommu-port1".to_owned()), None));
     }
 
     #[test]

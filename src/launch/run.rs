@@ -15,7 +15,7 @@ use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use super::directory::{Directory, DirectoryError};
 use super::inspect::inspect;
-use super::qemu::{self, Parts, QemuError, quote};
+use super::qemu::{self, Hotplug, Parts, QemuError, quote};
 use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::{FactsError, FactsFile};
@@ -51,6 +51,8 @@ pub struct Launch {
     pub daemon_options: Vec<String>,
     /// Where files and the socket are put.
     pub directory: Directory,
+    /// How many devices can be added while the guest runs; at most [`qemu::MOST_PORTS`]. With any the daemon has a control socket.
+    pub hotplug: u8,
     /// QEMU's command line.
     pub qemu: Vec<String>,
 }
@@ -141,21 +143,57 @@ impl Launch {
         for (Assignment { host, guest }, fd) in self.devices.iter().zip(devices) {
             daemon.push(format!("--endpoint=id={guest},cdev-fd={fd},host={host}"));
         }
+        if self.hotplug > 0 {
+            daemon.extend(["--control-path".to_owned(), self.control().display().to_string()]);
+        }
         daemon.extend(self.daemon_options.iter().cloned());
+        let monitor = self.path("qmp.sock");
+        let hotplug = (self.hotplug > 0).then_some(Hotplug { ports: self.hotplug, monitor });
         let parts = Parts {
             socket: self.path("iommu.sock"),
             viot: self.path("viot.bin"),
             iommufd,
             iommu: self.iommu,
             devices: self.devices.iter().map(|device| device.guest).zip(devices.iter().copied()).collect(),
+            hotplug,
         };
         Ok(Commands { daemon, qemu: qemu::command(&self.qemu, &parts)? })
     }
 
     /// The guest's table, which also makes sure that no place is taken twice.
     fn viot(&self) -> Result<Vec<u8>, LaunchError> {
-        let functions: Vec<PciFunctions> = self.devices.iter().map(|device| PciFunctions::from(device.guest)).collect();
+        let mut functions: Vec<PciFunctions> =
+            self.devices.iter().map(|device| PciFunctions::from(device.guest)).collect();
+        functions.extend(self.later()?);
         Ok(viot::table(self.iommu, functions)?)
+    }
+
+    /// Where devices can be added later: all that is behind the ports.
+    fn later(&self) -> Result<Option<PciFunctions>, LaunchError> {
+        if self.hotplug == 0 {
+            return Ok(None);
+        }
+        let text = format!("01:00.0-{:02x}:1f.7", self.hotplug);
+        Ok(Some(text.parse()?))
+    }
+
+    fn control(&self) -> PathBuf {
+        self.path("control").join("socket")
+    }
+
+    /// How a device is added while the guest runs, and taken away; empty if none can be.
+    pub fn how_to_add(&self) -> String {
+        if self.hotplug == 0 {
+            return String::new();
+        }
+        let sockets = [self.control(), self.path("qmp.sock")].map(|path| quote(&path.display().to_string()));
+        let [control, monitor] = sockets;
+        let last = self.hotplug;
+        format!(
+            "to add a device while the guest runs, at one of 01:00.0 to {last:02x}:00.0, and to take it away:\n\
+             viommuctl add BDF --guest 01:00.0 --control {control} --qmp {monitor}\n\
+             viommuctl remove 01:00.0 --control {control} --qmp {monitor}"
+        )
     }
 
     /// What [`start`](Self::start) would do, as lines for a shell.
@@ -169,6 +207,7 @@ impl Launch {
         let guests: Vec<String> = self.devices.iter().map(|device| device.guest.to_string()).collect();
         let facts = self.path("facts.json").display().to_string();
         let table = self.path("viot.bin").display().to_string();
+        let endpoints = guests.iter().cloned().chain(self.later()?.map(|later| later.to_string()));
         let mut lines = vec!["# for bash, in a shell of its own with access to /dev/iommu and /dev/vfio".to_owned()];
         let directory = quote(&self.directory.path().display().to_string());
         // As Directory::make does, but for who else can write to one that is given.
@@ -182,7 +221,7 @@ impl Launch {
         lines.push(format!(
             "viommuctl viot --iommu {} --endpoints {} -o {}",
             self.iommu,
-            guests.join(","),
+            endpoints.collect::<Vec<_>>().join(","),
             quote(&table)
         ));
         let mut opened = format!("exec {FIRST_PRINTED_FD}<>/dev/iommu");
@@ -200,6 +239,7 @@ impl Launch {
         let socket = quote(&format!(" {}", self.path("iommu.sock").display()));
         lines.push(format!("while kill -0 $! && ! grep -qF {socket} /proc/net/unix; do sleep 0.1; done"));
         lines.push(shell(&commands.qemu));
+        lines.extend(self.how_to_add().lines().map(|line| format!("# {line}")));
         Ok(lines.join("\n"))
     }
 
@@ -225,6 +265,9 @@ impl Launch {
         let numbers: Vec<RawFd> = devices.iter().map(AsRawFd::as_raw_fd).collect();
         let commands = self.commands(iommufd.as_raw_fd(), &numbers)?;
         self.start_daemon(&commands.daemon)?;
+        if self.hotplug > 0 {
+            eprintln!("{}", self.how_to_add());
+        }
 
         let mut words = commands.qemu.iter();
         let program = words.next().map(PathBuf::from).unwrap_or_default();
@@ -344,6 +387,7 @@ mod tests {
             daemon: "/bin/vhost-device-iommu".into(),
             daemon_options: vec!["--relaxable=report".to_owned()],
             directory,
+            hotplug: 0,
             qemu: ["qemu", "-m", "1G"].map(ToOwned::to_owned).to_vec(),
         }
     }

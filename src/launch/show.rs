@@ -36,7 +36,7 @@ struct Row {
 
 /// What was found of a device, and what the guest is told; `plan` is `None` if it cannot have the devices.
 pub fn inspection(device: PciAddress, inspection: &Inspection, plan: Option<&Plan>) -> String {
-    let Inspection { group, facts, usable_unknown } = inspection;
+    let Inspection { group, facts, usable_unknown, .. } = inspection;
     let members: Vec<String> = group.members.iter().map(ToString::to_string).collect();
     let kernel = facts.kernel.as_deref().unwrap_or("not known");
     let mut text =

@@ -160,10 +160,10 @@ struct Device {
     facts: Facts,
 }
 
-#[derive(Deserialize, Serialize)]
+/// What is known of a device, as it is written.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
-#[derive(Default)]
-pub(super) struct Facts {
+pub struct Facts {
     kernel: Option<String>,
     driver: Option<Text<Driver>>,
     reserved_regions: Option<Vec<Text<HostRegion>>>,
@@ -228,8 +228,8 @@ impl From<&HostFacts> for Facts {
     into = "String",
     bound = "T: Clone + std::fmt::Display + std::str::FromStr, T::Err: std::error::Error"
 )]
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Text<T>(T);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Text<T>(pub T);
 
 impl<T> TryFrom<String> for Text<T>
 where
@@ -253,7 +253,7 @@ impl<T: std::fmt::Display> From<Text<T>> for String {
 }
 
 /// A range, as two hexadecimal addresses, both inclusive.
-#[derive(Clone, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(try_from = "[String; 2]", into = "[String; 2]")]
 struct Pair(IovaRange);
 

@@ -2,6 +2,7 @@
 
 //! A plan as JSON: what `viommuctl plan` prints. Addresses are hexadecimal, ranges inclusive.
 
+use log::{info, warn};
 use serde::Serialize;
 
 use super::WithheldReason;
@@ -131,6 +132,23 @@ impl From<&EndpointPlan> for Endpoint {
     }
 }
 
+impl EndpointPlan {
+    /// Logs what the guest is told of the endpoint, what it is not and why, and what the operator should know.
+    pub fn log(&self) {
+        let id = self.id;
+        for region in self.view.reported() {
+            info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
+        }
+        for withheld in &self.withheld {
+            let (range, reason) = (withheld.range, reason_name(withheld.reason));
+            info!("endpoint {id}: {range} is not reported ({reason}: {})", withheld.evidence);
+        }
+        for advisory in &self.advisories {
+            warn!("endpoint {id}: {}: {}", advisory.range, advisory.kind);
+        }
+    }
+}
+
 impl From<&Plan> for Document {
     fn from(plan: &Plan) -> Self {
         Self { input_range: ends(plan.input_range), endpoints: plan.endpoints.iter().map(Endpoint::from).collect() }
@@ -149,6 +167,12 @@ impl Document {
 /// The plan's text.
 pub fn to_json(plan: &Plan) -> String {
     Document::from(plan).to_text()
+}
+
+/// The plan as a value, to be a part of something else.
+pub fn to_value(plan: &Plan) -> serde_json::Value {
+    // As above.
+    serde_json::to_value(Document::from(plan)).unwrap_or_default()
 }
 
 /// The plan's text, with the facts that each endpoint's part follows from.

@@ -11,6 +11,7 @@ use clap::{Parser, ValueEnum};
 
 use super::backend::OnStop;
 use super::logging::LogFormat;
+use crate::control::Place;
 use crate::id::{EndpointId, PciAddress};
 use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
@@ -54,6 +55,15 @@ pub struct Arguments {
     /// With --check: print JSON instead of tables.
     #[arg(long, requires = "check")]
     pub json: bool,
+
+    /// Path of a control socket, for viommuctl: what there is, and adding and removing devices while the guest runs. It is created,
+    /// with access for its owner only, in a directory that nobody else can write to; one that is not there is created.
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+
+    /// Number of an inherited Unix stream socket that listens, to be the control socket.
+    #[arg(long, value_name = "FD", conflicts_with = "control_path")]
+    pub control_fd: Option<RawFd>,
 
     /// Number of the inherited /dev/iommu.
     #[arg(long, value_name = "FD")]
@@ -128,6 +138,13 @@ pub const CAPABILITIES: &str = r#"{"type": "iommu"}"#;
 /// is to be asked before the command line is parsed.
 pub fn asks_for_capabilities(mut arguments: impl Iterator<Item = OsString>) -> bool {
     arguments.any(|argument| argument == "--print-capabilities")
+}
+
+impl Arguments {
+    /// Where the control socket is to be, if there is to be one.
+    pub(super) fn control_place(&self) -> Option<Place<'_>> {
+        self.control_path.as_deref().map(Place::Path).or(self.control_fd.map(Place::Fd))
+    }
 }
 
 /// A switch.

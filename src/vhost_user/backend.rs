@@ -6,7 +6,7 @@ use std::hint::spin_loop;
 use std::num::NonZero;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
@@ -20,11 +20,11 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::daemon::BackendDaemon;
+use super::operator::FaultListener;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
 use super::vring::Vring;
 use crate::device::{Statistics, VirtioIommu};
-use crate::id::EndpointId;
 use crate::memory::GuestRam;
 use crate::queue::{Batch, Polling, QueueError, Requests, Watch, deliver_faults, has_requests};
 use crate::spec;
@@ -74,7 +74,9 @@ pub struct IommuBackend {
     memory: Memory,
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
+    /// What is told of faults.
+    pub(super) fault_listener: OnceLock<FaultListener>,
     /// There is a daemon, or was.
     has_daemon: AtomicBool,
     /// The library's event loop is to end.
@@ -84,12 +86,14 @@ pub struct IommuBackend {
     again: (EventConsumer, Arc<EventNotifier>),
 }
 
-struct State {
-    device: VirtioIommu,
+pub(super) struct State {
+    pub(super) device: VirtioIommu,
     /// The features that the frontend set last, without those of the protocol.
     features: u64,
     request_ring: RequestRing,
     throttle: Throttle,
+    /// How many faults the listener was told of.
+    pub(super) faults_told: u64,
 }
 
 /// What is known of the request ring across stops.
@@ -120,6 +124,7 @@ impl IommuBackend {
             features: 0,
             request_ring: RequestRing::default(),
             throttle: Throttle::new(Instant::now()),
+            faults_told: 0,
         };
         let (again, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         let again = (again, Arc::new(notifier));
@@ -132,6 +137,7 @@ impl IommuBackend {
             memory,
             watch,
             state: Mutex::new(state),
+            fault_listener: OnceLock::new(),
             has_daemon: AtomicBool::new(false),
             loop_ends: AtomicBool::new(false),
             unnotified: AtomicBool::new(false),
@@ -197,13 +203,6 @@ impl IommuBackend {
         state.device.statistics()
     }
 
-    /// Takes away an endpoint whose device the host wants back. When this returns its file is closed.
-    pub fn remove_endpoint(&self, endpoint: EndpointId) {
-        let mut state = self.state.lock();
-        state.device.remove_endpoint(endpoint);
-        self.finish(state);
-    }
-
     /// Serves the rings until there is nothing to do, and goes on watching the request ring as long as that is worth it.
     fn serve_rings(&self, requests: &Vring, events: &Vring) {
         let mut watch = self.watch.lock();
@@ -232,6 +231,7 @@ impl IommuBackend {
         let handled = self.serve_requests(&mut state, &mut requests.get_mut(), quietly);
         let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();
+        self.tell_of_faults(&mut state);
         // No file of the frontend's is touched under the lock: one that blocks must not keep the device from being shut
         // down. Between the steps of a large MAP whoever waits for the device has it first.
         MutexGuard::unlock_fair(state);
@@ -287,8 +287,9 @@ impl IommuBackend {
 
     /// To be called after whatever may have changed the device outside of a batch: says what there is to say, and has
     /// events delivered.
-    fn finish(&self, mut state: MutexGuard<'_, State>) {
+    pub(super) fn finish(&self, mut state: MutexGuard<'_, State>) {
         state.log_notices();
+        self.tell_of_faults(&mut state);
         if state.device.first_fault().is_some() {
             self.look_again();
         }

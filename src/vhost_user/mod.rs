@@ -18,6 +18,7 @@ mod incoming;
 mod logging;
 #[cfg(feature = "daemon")]
 mod nodes;
+mod operator;
 #[cfg(feature = "daemon")]
 mod readiness;
 #[cfg(feature = "daemon")]
@@ -51,6 +52,6 @@ pub use setup::SetupError;
 #[cfg(feature = "daemon")]
 pub use socket::SocketError;
 #[cfg(feature = "daemon")]
-pub(crate) use socket::make_room;
+pub(crate) use socket::{bind, make_room};
 #[cfg(feature = "daemon")]
 pub use watcher::watch_if_asked;

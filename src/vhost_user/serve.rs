@@ -2,12 +2,13 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::mem::ManuallyDrop;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use log::{error, info, warn};
@@ -20,10 +21,11 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
 use super::incoming::{Incoming, IncomingError, Source};
-use super::nodes::{self, DeviceNode, NodeWatch};
+use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
 use super::watcher::Watcher;
+use crate::control::{ControlServer, DeviceFiles, Keeper, Limits, ListenError, Pluggable, Registry, VfioFiles, listen};
 use crate::fd::{AdoptError, adopt_writable};
 use crate::reserved::plan::Plan;
 
@@ -42,6 +44,12 @@ pub enum ServeError {
     /// Whoever waits for this process cannot be told.
     #[error("--ready-fd")]
     Ready(#[source] AdoptError),
+    /// The control socket cannot be had.
+    #[error("control socket: {0}")]
+    Listen(#[from] ListenError),
+    /// The control socket cannot be served.
+    #[error("cannot serve the control socket")]
+    Control(#[source] io::Error),
     /// Nobody would hold the devices after this process.
     #[error("cannot start a watcher for the devices")]
     Watcher(#[source] io::Error),
@@ -65,7 +73,13 @@ impl ServeError {
             Self::Incoming(error) if error.is_usage() => 2,
             Self::Ready(_) => 2,
             Self::Protocol(_) => 4,
-            Self::Incoming(_) | Self::Watcher(_) | Self::Events(_) | Self::Daemon(_) => 1,
+            Self::Listen(error) if error.is_usage() => 2,
+            Self::Incoming(_)
+            | Self::Listen(_)
+            | Self::Control(_)
+            | Self::Watcher(_)
+            | Self::Events(_)
+            | Self::Daemon(_) => 1,
         }
     }
 }
@@ -97,13 +111,12 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     // Before the watcher, which must not hold them.
     let (source, ready) = take_passed(arguments)?;
     let readiness = Readiness::new(ready, ServiceManager::from_environment());
-    // Before the files are adopted: it inherits them as they are.
-    let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
-    let watcher = (!files.is_empty()).then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
-    let watcher = Arc::new(Mutex::new(watcher));
-    let result = serve_watched(arguments, source, readiness, &watcher);
-    // What was to be let go was.
-    drop(watcher.lock().unwrap_or_else(PoisonError::into_inner).take());
+    let control = arguments.control_place().map(listen).transpose()?;
+    let result = serve_controlled(arguments, source, readiness, control);
+    if let Some(path) = &arguments.control_path {
+        // That it is gone already is no failure.
+        let _ = fs::remove_file(path);
+    }
     result
 }
 
@@ -114,46 +127,80 @@ fn take_passed(arguments: &Arguments) -> Result<(Source, Option<File>), ServeErr
     Ok((source, ready))
 }
 
-type SharedWatcher = Arc<Mutex<Option<Watcher>>>;
-
-fn serve_watched(
+fn serve_controlled(
     arguments: &Arguments,
     source: Source,
     readiness: Readiness,
-    watcher: &SharedWatcher,
+    control: Option<UnixListener>,
 ) -> Result<(), ServeError> {
-    let BuiltDevice { device, nodes, .. } = build_device(arguments)?;
+    // Before the files are adopted: it inherits them as they are.
+    let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
+    let is_needed = !files.is_empty() || control.is_some() && arguments.iommufd_fd.is_some();
+    let watcher = is_needed.then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
+
+    let BuiltDevice { device, endpoints, iommufd, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
+    let pluggable = Pluggable {
+        files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
+        keeper: watcher.map(|watcher| Box::new(watcher) as Box<dyn Keeper>),
+        policy: arguments.policy.clone(),
+        directory: nodes::DIRECTORY.into(),
+    };
+    let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
+    let result = serve_endpoints(source, readiness, &backend, &registry, control);
+    // What was to be let go was.
+    registry.close();
+    result
+}
 
-    if !nodes.is_empty() {
-        watch_nodes(nodes, &backend, watcher).map_err(ServeError::Events)?;
+fn serve_endpoints(
+    source: Source,
+    readiness: Readiness,
+    backend: &Arc<IommuBackend>,
+    registry: &Arc<Registry>,
+    control: Option<UnixListener>,
+) -> Result<(), ServeError> {
+    let can_add = control.is_some();
+    if !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists() {
+        watch_nodes(registry, can_add).map_err(ServeError::Events)?;
     }
-
     let mut signals = Signals::new().map_err(ServeError::Events)?;
     // A path that this process listens on is removed when this returns: nobody else can connect.
     let Incoming { listener, leftover: _leftover } = source.open()?;
+    if let Some(control) = control {
+        serve_control(control, registry).map_err(ServeError::Control)?;
+    }
     let manager = readiness.ready();
     if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
-        serve_frontend(&backend, listener, signals, &manager)
+        serve_frontend(backend, listener, signals, &manager)
     } else {
         manager.stopping();
         Ok(())
     }
 }
 
-/// Has endpoints removed whose devices the host wants back.
-fn watch_nodes(nodes: Vec<DeviceNode>, backend: &Arc<IommuBackend>, watcher: &SharedWatcher) -> io::Result<()> {
-    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref(), nodes)?;
-    let (backend, watcher) = (Arc::clone(backend), Arc::clone(watcher));
-    let remove = move |place, node: &DeviceNode| {
-        warn!("endpoint {}: the host takes its device back (/dev/{} is gone)", node.endpoint, node.name);
-        backend.remove_endpoint(node.endpoint);
-        if let Some(watcher) = watcher.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            watcher.release(place);
-        }
+fn serve_control(listener: UnixListener, registry: &Arc<Registry>) -> io::Result<()> {
+    let server = ControlServer::new(listener, Arc::clone(registry), Limits::default())?;
+    std::thread::Builder::new().name("control".to_owned()).spawn(move || server.run())?;
+    Ok(())
+}
+
+/// Has endpoints removed whose devices the host wants back; for ever, if more can be added.
+fn watch_nodes(registry: &Arc<Registry>, can_add: bool) -> io::Result<()> {
+    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref())?;
+    registry.set_watched(true);
+    let registry = Arc::clone(registry);
+    let looking = Arc::clone(&registry);
+    let look = move || {
+        looking.remove_those_gone();
+        can_add || !looking.is_empty()
     };
-    std::thread::Builder::new().name("nodes".to_owned()).spawn(move || watch.watch(remove))?;
+    let watching = move || {
+        watch.watch(look);
+        registry.set_watched(false);
+    };
+    std::thread::Builder::new().name("nodes".to_owned()).spawn(watching)?;
     Ok(())
 }
 

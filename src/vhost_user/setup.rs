@@ -9,26 +9,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use log::{info, warn};
+use rustix::fs::fstat;
 
 use super::args::{Arguments, EndpointArgument, OnOff};
-use super::nodes::DeviceNode;
+use crate::control::{AssignedDevice, MOST_ENDPOINTS};
 use crate::device::{self, Settings, VirtioIommu};
 use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
 use crate::id::{EndpointId, PciAddress};
 use crate::range::IovaRange;
+use crate::reserved::HostFacts;
 use crate::reserved::facts::{FactsError, FactsFile};
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::plan::EndpointPlan;
 use crate::reserved::plan::{Plan, PlanError, Policy, plan, widest};
-use crate::reserved::report::reason_name;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
-use crate::reserved::{HostFacts, Withheld};
 use crate::spec;
 
-/// How many endpoints there can be: a byte tells the watcher which of them is gone, and its highest values are other words.
-const MOST_ENDPOINTS: usize = 254;
 /// How many bits of address the guest is offered if nobody says: what four levels of page tables translate.
 const DEFAULT_ADDRESS_WIDTH: u8 = 48;
 
@@ -73,6 +71,9 @@ pub enum SetupError {
         /// The device that was said.
         host: PciAddress,
     },
+    /// The file cannot be looked at.
+    #[error("endpoint {0}: its file cannot be examined")]
+    Stat(EndpointId, #[source] std::io::Error),
     /// A device would have two IDs, and the guest would move it by one while it believes that the other stays.
     #[error("endpoints {first} and {second} are both the host device {host}: give each device once")]
     DeviceTwice {
@@ -168,6 +169,7 @@ impl SetupError {
             | Self::Sysfs(_)
             | Self::Gather(_)
             | Self::Untraceable { .. }
+            | Self::Stat(..)
             | Self::StaleFacts { .. }
             | Self::GroupIncomplete { .. } => false,
         }
@@ -181,19 +183,23 @@ struct Assigned {
     device: VfioDevice,
     /// The name of its file's node below `/dev`.
     node: String,
+    /// Which device its file is of.
+    number: u64,
     group: IommuGroup,
     facts: HostFacts,
 }
 
-/// A device, what its guest is told, and where its endpoints' device files came from.
+/// A device, what its guest is told, and what its endpoints are on the host.
 #[derive(Debug)]
 pub struct BuiltDevice {
     /// The device.
     pub device: VirtioIommu,
     /// What the guest is told.
     pub plan: Plan,
-    /// The nodes, in the order of the arguments.
-    pub nodes: Vec<DeviceNode>,
+    /// Its endpoints, in the order of the arguments.
+    pub endpoints: Vec<AssignedDevice>,
+    /// The iommufd, if one was passed.
+    pub iommufd: Option<Arc<Iommufd>>,
 }
 
 /// Makes the device that the arguments ask for.
@@ -230,14 +236,12 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
             "no endpoint is given: the guest is offered {range} in pages of {granule} bytes, whatever is added later"
         );
     }
-    let endpoints = plan.endpoints.iter().map(|planned| (planned.id, planned.view.clone())).collect();
-    let node = |assigned: &Assigned| DeviceNode { endpoint: assigned.id, name: assigned.node.clone() };
-    let nodes = assigned.iter().map(node).collect();
-    let groups = match iommufd {
-        Some(Adopted { file, .. }) => form_groups(&Arc::new(Iommufd::new(file)?), assigned),
-        None => Vec::new(),
-    };
-    Ok(BuiltDevice { device: VirtioIommu::new(settings, endpoints, groups)?, plan, nodes })
+    let endpoints: Vec<_> =
+        assigned.iter().zip(&plan.endpoints).map(|(assigned, planned)| assigned.with_plan(planned)).collect();
+    let views = plan.endpoints.iter().map(|planned| (planned.id, planned.view.clone())).collect();
+    let iommufd = iommufd.map(|Adopted { file, .. }| Iommufd::new(file)).transpose()?.map(Arc::new);
+    let groups = iommufd.as_ref().map_or_else(Vec::new, |iommufd| form_groups(iommufd, assigned));
+    Ok(BuiltDevice { device: VirtioIommu::new(settings, views, groups)?, plan, endpoints, iommufd })
 }
 
 /// The operator's policy. Without an endpoint to say how far addresses go, and without the operator, the guest is offered as many as
@@ -249,6 +253,18 @@ fn policy(arguments: &Arguments) -> Policy {
         policy.input_range = Some(widest(&policy));
     }
     policy
+}
+
+impl Assigned {
+    fn with_plan(&self, planned: &EndpointPlan) -> AssignedDevice {
+        AssignedDevice {
+            host: self.host,
+            group: self.group.number,
+            node: self.node.clone(),
+            device_number: self.number,
+            plan: planned.clone(),
+        }
+    }
 }
 
 fn settings(arguments: &Arguments, plan: &Plan) -> Settings {
@@ -299,7 +315,8 @@ fn assign(
         }
     };
     arguments.policy.amend(&mut facts);
-    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, node, group, facts })
+    let number = fstat(&file).map_err(|errno| SetupError::Stat(id, errno.into()))?.st_rdev;
+    Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, node, number, group, facts })
 }
 
 /// Every endpoint must be another device. Files do not tell: a device can be opened, and a descriptor duplicated, many times.
@@ -355,18 +372,9 @@ fn check_attachable(planned: &EndpointPlan) -> Result<(), SetupError> {
 fn log_plan(assigned: &Assigned, planned: &EndpointPlan) {
     let id = assigned.id;
     info!("endpoint {id} is host device {} in IOMMU group {}", assigned.host, assigned.group.number);
-    for region in planned.view.reported() {
-        info!("endpoint {id}: {} is reported as {}", region.range, region.kind);
-    }
-    for withheld in &planned.withheld {
-        let Withheld { range, reason, evidence } = withheld;
-        info!("endpoint {id}: {range} is not reported ({}: {evidence})", reason_name(*reason));
-    }
+    planned.log();
     if let Some(warning) = assigned.facts.peer_to_peer_warning() {
         warn!("endpoint {id}: {warning}");
-    }
-    for advisory in &planned.advisories {
-        warn!("endpoint {id}: {}: {}", advisory.range, advisory.kind);
     }
 }
 

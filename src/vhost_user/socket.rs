@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon's socket: for its owner only, and in place of nothing but a socket that is dead.
+//! The daemon's sockets: for their owner only, and in place of nothing but a socket that is dead.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -71,7 +71,7 @@ fn look(path: &Path) -> Result<Place, SocketError> {
 /// # Errors
 ///
 /// [`SocketError`]; whatever is at the path is left alone.
-pub(super) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     make_room(path)?;
     listen(path).map_err(|errno| SocketError::Io { path: path.to_owned(), source: errno.into() })
 }

@@ -3,62 +3,97 @@
 //! What holds the devices when the daemon is gone.
 //!
 //! The VMM holds the same iommufd, so the guest's mappings would outlive a daemon that is killed, and nobody would follow the
-//! guest any more. So the same program runs once more, with nothing but the devices' files and a pipe from the daemon: when the
-//! pipe is closed without a word, it detaches the devices, and their DMA is refused.
+//! guest any more. So the same program runs once more, with nothing but the devices' files and a socket to the daemon: when the
+//! socket is closed without a word, it detaches the devices, and their DMA is refused.
+//!
+//! The daemon sends single bytes, and waits for the answer to those that have one.
 
 use std::io::{self, Read, Write};
-use std::os::fd::RawFd;
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use log::warn;
 
-use crate::fd::{Adopted, FileKind, adopt, close_inherited};
+use crate::control::passing::{receive, send};
+use crate::control::{Keeper, MOST_ENDPOINTS};
+use crate::fd::{Adopted, FileKind, VfioMajor, adopt, close_inherited};
 use crate::host::iommufd::VfioDevice;
 
 /// The argument that makes the program a watcher, before the numbers of files.
 const ARGUMENT: &str = "--watch-devices";
-/// What the daemon says when it has blocked every endpoint itself. Anything else is the place of a device that is gone.
+/// What the daemon says when it has blocked every endpoint itself.
 const ALL_IS_WELL: u8 = u8::MAX;
+/// What the daemon says with the file of a device that was added; the answer is its place. Any lower byte is the place of a device
+/// whose file is to be closed, and is answered by itself.
+const HOLD: u8 = u8::MAX - 1;
+/// The answer to a file that cannot be held.
+const REFUSED: u8 = u8::MAX;
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A watcher that runs.
 #[derive(Debug)]
 pub(super) struct Watcher {
-    pipe: ChildStdin,
+    socket: UnixStream,
     child: Child,
+    /// An answer did not come: a later one could be taken for another's.
+    is_lost: bool,
 }
 
 impl Watcher {
-    /// Starts a watcher for these inherited files. To be called before they are adopted.
+    /// Starts a watcher for these inherited files, whose places are those in this list. To be called before they are adopted.
     ///
     /// # Errors
     ///
     /// The program cannot be started once more.
     pub fn start(devices: &[RawFd]) -> io::Result<Self> {
-        let mut child = Command::new("/proc/self/exe")
+        let (socket, theirs) = UnixStream::pair()?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        let child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
             .args(devices.iter().map(ToString::to_string))
-            .stdin(Stdio::piped())
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()?;
-        let pipe = child.stdin.take().ok_or_else(|| io::Error::other("no pipe"))?;
-        Ok(Self { pipe, child })
+        Ok(Self { socket, child, is_lost: false })
     }
 
-    /// Has the watcher close the file of a device that is gone, by its place in the list that it was started with.
-    pub fn release(&mut self, place: usize) {
-        let sent = u8::try_from(place).map_err(io::Error::other).and_then(|place| self.pipe.write_all(&[place]));
-        if let Err(error) = sent {
-            warn!("the watcher does not listen: {error}");
+    /// Says something, and waits for the answer.
+    fn ask(&mut self, word: u8, files: &[BorrowedFd<'_>]) -> io::Result<u8> {
+        if self.is_lost {
+            return Err(io::Error::other("it did not answer before"));
         }
+        let mut answer = [0];
+        let asked = send(&self.socket, &[word], files).and_then(|()| self.socket.read_exact(&mut answer));
+        self.is_lost = asked.is_err();
+        asked.map(|()| answer[0])
+    }
+}
+
+impl Keeper for Watcher {
+    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8> {
+        match self.ask(HOLD, &[file])? {
+            REFUSED => Err(io::Error::other("it cannot hold the file")),
+            place => Ok(place),
+        }
+    }
+
+    fn release(&mut self, place: u8) -> io::Result<()> {
+        let answer = self.ask(place, &[])?;
+        if answer == place { Ok(()) } else { Err(io::Error::other("it answered something else")) }
     }
 }
 
 impl Drop for Watcher {
     /// Whatever was to be blocked is.
     fn drop(&mut self) {
-        if self.pipe.write_all(&[ALL_IS_WELL]).is_ok() {
+        match self.socket.write_all(&[ALL_IS_WELL]) {
             // It ends at once.
-            let _ = self.child.wait();
+            Ok(()) => _ = self.child.wait(),
+            Err(error) => warn!("the watcher does not listen: {error}"),
         }
     }
 }
@@ -69,33 +104,121 @@ pub fn watch_if_asked() -> Option<ExitCode> {
     if arguments.next()? != ARGUMENT {
         return None;
     }
-    let mut devices: Vec<Option<VfioDevice>> = arguments.map(|number| device(number.parse().ok()?)).collect();
+    let devices: Vec<Option<VfioDevice>> = arguments.map(|number| adopted(number.parse().ok()?)).collect();
     close_inherited();
     // What ends the daemon must not end this process.
     let _ = rustix::process::setsid();
-    let mut stdin = io::stdin().lock();
-    let mut word = [0];
-    loop {
-        match stdin.read(&mut word) {
-            Ok(1) if word == [ALL_IS_WELL] => return Some(ExitCode::SUCCESS),
-            Ok(1) => {
-                if let Some(device) = devices.get_mut(usize::from(word[0])) {
-                    *device = None;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-            Ok(_) | Err(_) => break,
-        }
-    }
-    for device in devices.iter().flatten() {
+    let left = watch(io::stdin(), devices, passed);
+    for device in left.iter().flatten() {
         device.detach();
     }
-    eprintln!("vhost-device-iommu: the daemon ended without a word: the devices were detached, their DMA is refused");
+    if !left.is_empty() {
+        eprintln!(
+            "vhost-device-iommu: the daemon ended without a word: the devices were detached, their DMA is refused"
+        );
+    }
     Some(ExitCode::SUCCESS)
 }
 
+/// Holds devices by their places as the daemon says, until it is gone. What is to be detached then: nothing if it said that all is
+/// well.
+fn watch<D>(socket: impl AsFd, mut devices: Vec<Option<D>>, open: impl Fn(OwnedFd) -> Option<D>) -> Vec<Option<D>> {
+    let mut word = [0];
+    loop {
+        let mut files = Vec::new();
+        match receive(&socket, &mut word, &mut files) {
+            Ok(received) if received.length == 1 => (),
+            Ok(_) | Err(_) => return devices,
+        }
+        let answer = match word[0] {
+            ALL_IS_WELL => return Vec::new(),
+            HOLD => files.pop().and_then(&open).and_then(|device| hold(&mut devices, device)).unwrap_or(REFUSED),
+            place => {
+                if let Some(device) = devices.get_mut(usize::from(place)) {
+                    *device = None;
+                }
+                place
+            }
+        };
+        if send(&socket, &[answer], &[]).is_err() {
+            return devices;
+        }
+    }
+}
+
+/// Puts a device to the first place that is free; `None` if there is none.
+fn hold<D>(devices: &mut Vec<Option<D>>, device: D) -> Option<u8> {
+    let free = devices.iter().position(Option::is_none).unwrap_or(devices.len());
+    let place = u8::try_from(free).ok().filter(|_| free < MOST_ENDPOINTS)?;
+    match devices.get_mut(free) {
+        Some(slot) => *slot = Some(device),
+        None => devices.push(Some(device)),
+    }
+    Some(place)
+}
+
 /// A device whose file cannot be had is left out: the daemon says what is wrong with it.
-fn device(number: RawFd) -> Option<VfioDevice> {
+fn adopted(number: RawFd) -> Option<VfioDevice> {
     let Adopted { file, node, .. } = adopt(number, FileKind::VfioDevice).ok()?;
     VfioDevice::new(file, node).ok()
+}
+
+fn passed(file: OwnedFd) -> Option<VfioDevice> {
+    VfioDevice::of_major(file, VfioMajor::find().ok()??, "a device that was added".to_owned()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A device that tells when it is closed.
+    struct Held(&'static str, mpsc::Sender<&'static str>);
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            self.1.send(self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn devices_come_and_go_and_what_is_left_is_detached() {
+        let (closed, is_closed) = mpsc::channel();
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        let first = vec![Some(Held("first", closed.clone())), None];
+        let watching = std::thread::spawn(move || {
+            let open = |file: OwnedFd| {
+                let is_device = VfioMajor::check(VfioMajor::for_tests(1), &file).is_ok();
+                is_device.then(|| Held("added", closed.clone()))
+            };
+            let left = watch(theirs, first, open);
+            left.iter().flatten().map(|held| held.0).collect::<Vec<_>>()
+        });
+        let child = Command::new("true").spawn().unwrap();
+        let mut watcher = Watcher { socket: socket.try_clone().unwrap(), child, is_lost: false };
+        let null = File::open("/dev/null").unwrap();
+        let root = File::open("/").unwrap();
+        assert_eq!(watcher.hold(null.as_fd()).unwrap(), 1, "the first place that is free");
+        assert_eq!(watcher.hold(null.as_fd()).unwrap(), 2);
+        assert!(watcher.hold(root.as_fd()).is_err());
+        watcher.release(0).unwrap();
+        assert_eq!(is_closed.try_recv(), Ok("first"), "it is closed before the answer");
+        watcher.release(2).unwrap();
+        assert_eq!(is_closed.try_recv(), Ok("added"));
+        watcher.release(200).unwrap();
+        assert_eq!(watcher.hold(null.as_fd()).unwrap(), 0);
+        // The daemon is killed: nothing is said.
+        std::mem::forget(watcher);
+        socket.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(watching.join().unwrap(), ["added", "added"]);
+    }
+
+    #[test]
+    fn nothing_is_detached_if_all_is_well() {
+        let (mut socket, theirs) = UnixStream::pair().unwrap();
+        socket.write_all(&[ALL_IS_WELL]).unwrap();
+        assert!(watch(theirs, vec![Some(())], |_| None).is_empty());
+    }
 }

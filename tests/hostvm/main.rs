@@ -19,6 +19,7 @@ mod edu;
 mod embedded;
 mod felt;
 mod guest;
+mod hotplug;
 mod inspect;
 mod leaving;
 mod microvm;

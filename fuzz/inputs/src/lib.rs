@@ -13,6 +13,7 @@ mod rings;
 mod traced;
 mod wire;
 
+pub mod control;
 pub mod events;
 pub mod facts;
 pub mod host_text;
@@ -44,4 +45,5 @@ pub const TARGETS: &[Target] = &[
     Target { name: "host_text", check: host_text::check, seeds: host_text::seeds },
     Target { name: "translations", check: translations::check, seeds: translations::seeds },
     Target { name: "vhost_user", check: vhost_user::check, seeds: vhost_user::seeds },
+    Target { name: "control", check: control::check, seeds: control::seeds },
 ];

@@ -23,6 +23,7 @@ mod memory;
 mod plugging;
 mod protocol;
 mod states;
+mod status;
 
 /// Alone in its group.
 const LONE: EndpointId = EndpointId(0x08);

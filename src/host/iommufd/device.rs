@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::VfioDeviceFile;
 use super::api::VfioDeviceApi;
 use super::ioas::{Ioas, Iommufd};
-use crate::fd::{FileKind, WrongFile};
+use crate::fd::{FileKind, VfioMajor, WrongFile};
 use crate::host::linux::failed;
 use crate::host::{Constraints, HostError, HostErrorKind, IoPageTable};
 
@@ -34,6 +34,16 @@ impl VfioDevice {
     /// It is something else.
     pub fn new(file: OwnedFd, name: String) -> Result<Self, WrongFile> {
         FileKind::VfioDevice.check(&file)?;
+        Ok(Self { api: Box::new(VfioDeviceFile { file }), name })
+    }
+
+    /// Takes an open `/dev/vfio/devices/vfioN`, and a name for messages. Only the file itself is looked at.
+    ///
+    /// # Errors
+    ///
+    /// It is something else.
+    pub fn of_major(file: OwnedFd, major: VfioMajor, name: String) -> Result<Self, WrongFile> {
+        major.check(&file)?;
         Ok(Self { api: Box::new(VfioDeviceFile { file }), name })
     }
 

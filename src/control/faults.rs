@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The latest faults with the time at which they were seen, for clients that ask and those that follow.
+
+use std::collections::VecDeque;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::protocol::{Address, Fault, FaultReason, Faults};
+use crate::device::{self, RecordedFault, VirtioIommu};
+use crate::reserved::facts::Text;
+use crate::vhost_user::IommuBackend;
+
+/// How many are remembered: as many as the device remembers.
+const CAPACITY: usize = 256;
+
+/// The latest faults.
+#[derive(Debug, Default)]
+pub(super) struct FaultLog {
+    seen: u64,
+    faults: VecDeque<Fault>,
+}
+
+impl FaultLog {
+    /// Takes over what the device has recorded since, and forgets what it has forgotten.
+    pub fn follow(&mut self, backend: &IommuBackend) {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let look = |device: &VirtioIommu| {
+            let kept: Vec<u64> = device.recorded_faults(0).map(|recorded| recorded.number).collect();
+            let new: Vec<RecordedFault> = device.recorded_faults(self.seen).copied().collect();
+            (device.faults_recorded(), kept, new)
+        };
+        let (recorded, kept, new) = backend.inspect(look);
+        self.seen = recorded;
+        self.faults.retain(|fault| kept.binary_search(&fault.number).is_ok());
+        self.faults.extend(new.iter().map(|recorded| fault(recorded, time)));
+        let surplus = self.faults.len().saturating_sub(CAPACITY);
+        self.faults.drain(..surplus);
+    }
+
+    /// Those with a higher number.
+    pub fn after(&self, number: u64) -> impl Iterator<Item = &Fault> {
+        self.faults.iter().filter(move |fault| fault.number > number)
+    }
+
+    /// What is known of those with a higher number.
+    pub fn tell(&self, after: u64) -> Faults {
+        Faults { recorded: self.seen, faults: self.after(after).cloned().collect() }
+    }
+}
+
+fn fault(recorded: &RecordedFault, time: u64) -> Fault {
+    let device::Fault { reason, endpoint, address, access } = recorded.fault;
+    Fault {
+        number: recorded.number,
+        time,
+        endpoint: Text(endpoint),
+        reason: match reason {
+            device::FaultReason::Domain => FaultReason::Domain,
+            device::FaultReason::Mapping => FaultReason::Mapping,
+            device::FaultReason::Unknown => FaultReason::Unknown,
+        },
+        address: address.map(|address| Text(Address(address))),
+        read: access.read,
+        write: access.write,
+    }
+}

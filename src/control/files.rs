@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Devices by their files, as the registry needs them.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::fd::{VfioMajor, WrongFile};
+use crate::host::HostGroup;
+use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
+use crate::id::EndpointId;
+
+/// A device that is to be an endpoint: its ID, its file, and what it is called in messages.
+pub type DeviceFile = (EndpointId, OwnedFd, String);
+
+/// What makes host groups of devices' files.
+pub trait DeviceFiles: fmt::Debug + Send + Sync {
+    /// Makes sure that a file is a device's, and says which one's: two files have the same number only if they are the same device's.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError`]
+    fn identify(&self, file: BorrowedFd<'_>) -> Result<u64, FileError>;
+
+    /// Makes a host group of files that were identified.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError`]; the files are closed.
+    fn group(&self, devices: Vec<DeviceFile>) -> Result<Arc<dyn HostGroup>, FileError>;
+}
+
+/// A file that no device can be had of.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It is something else.
+    #[error(transparent)]
+    WrongFile(#[from] WrongFile),
+    /// The kernel does not say how it numbers such files.
+    #[error("how this host numbers VFIO's files is not known")]
+    Unknown(#[source] io::Error),
+}
+
+/// Devices whose files are VFIO's, on one iommufd.
+#[derive(Debug)]
+pub struct VfioFiles {
+    iommufd: Arc<Iommufd>,
+    /// What the kernel said when the process started; later it may not be allowed to ask.
+    major: Option<VfioMajor>,
+}
+
+impl VfioFiles {
+    /// Devices that are bound to this iommufd, or will be.
+    pub fn new(iommufd: Arc<Iommufd>) -> Self {
+        Self { iommufd, major: VfioMajor::find().unwrap_or_default() }
+    }
+
+    fn major(&self) -> Result<VfioMajor, FileError> {
+        match self.major {
+            Some(major) => Ok(major),
+            // VFIO may have come since.
+            None => match VfioMajor::find().map_err(FileError::Unknown)? {
+                Some(major) => Ok(major),
+                None => Err(FileError::Unknown(io::Error::other("there is no VFIO with device files"))),
+            },
+        }
+    }
+}
+
+impl DeviceFiles for VfioFiles {
+    fn identify(&self, file: BorrowedFd<'_>) -> Result<u64, FileError> {
+        Ok(self.major()?.check(&file.as_fd())?)
+    }
+
+    fn group(&self, devices: Vec<DeviceFile>) -> Result<Arc<dyn HostGroup>, FileError> {
+        let major = self.major()?;
+        let device = |(id, file, name)| Ok((id, VfioDevice::of_major(file, major, name)?));
+        let devices: Result<Vec<_>, FileError> = devices.into_iter().map(device).collect();
+        Ok(Arc::new(IommufdGroup::shared(Arc::clone(&self.iommufd), devices?)))
+    }
+}
+
+/// Somebody else who holds the devices' files, to detach the devices when this process is killed.
+pub trait Keeper: fmt::Debug + Send {
+    /// Has it hold one more file; the place that it has there.
+    ///
+    /// # Errors
+    ///
+    /// It does not.
+    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8>;
+
+    /// Has it close the file that has a place. When this returns it has.
+    ///
+    /// # Errors
+    ///
+    /// It did not say so.
+    fn release(&mut self, place: u8) -> io::Result<()>;
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The endpoints of a daemon, each with its device on the host, and who else holds its file.
+//!
+//! Whoever takes an entry out, a client or the watch over the devices' nodes, removes the endpoint. The device is only locked under
+//! the registry's own lock, which the request queue never needs.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{fs, io};
+
+use log::warn;
+
+use super::files::{DeviceFiles, Keeper};
+use super::protocol;
+use crate::causes::with_causes;
+use crate::device::{EndpointStatus, Translation};
+use crate::id::{EndpointId, PciAddress};
+use crate::reserved::arguments::PolicyArguments;
+use crate::reserved::facts::Text;
+use crate::reserved::plan::{EndpointPlan, Plan};
+use crate::vhost_user::IommuBackend;
+
+/// How many endpoints there can be: places of a [`Keeper`].
+pub(crate) const MOST_ENDPOINTS: usize = 254;
+
+/// An endpoint and its device on the host.
+#[derive(Clone, Debug)]
+pub struct AssignedDevice {
+    /// The device's address.
+    pub host: PciAddress,
+    /// The number of its IOMMU group.
+    pub group: u32,
+    /// The name of its file below `/dev`.
+    pub node: String,
+    /// Which device its file is of ([`DeviceFiles::identify`]).
+    pub device_number: u64,
+    /// What the guest is told of it, and its ID.
+    pub plan: EndpointPlan,
+}
+
+/// What can be added, and how.
+#[derive(Debug)]
+pub struct Pluggable {
+    /// What makes groups of files; `None` if nothing can be added.
+    pub files: Option<Box<dyn DeviceFiles>>,
+    /// Who else holds the files.
+    pub keeper: Option<Box<dyn Keeper>>,
+    /// What the operator chose when the daemon was started.
+    pub policy: PolicyArguments,
+    /// Where the devices' nodes are.
+    pub directory: PathBuf,
+}
+
+/// The endpoints of a daemon.
+#[derive(Debug)]
+pub struct Registry {
+    pub(super) backend: Arc<IommuBackend>,
+    pub(super) files: Option<Box<dyn DeviceFiles>>,
+    pub(super) policy: PolicyArguments,
+    directory: PathBuf,
+    /// Somebody sees when a node goes.
+    is_watched: AtomicBool,
+    entries: Mutex<Entries>,
+}
+
+/// The endpoints, ascending by ID, and who else holds their files.
+#[derive(Debug, Default)]
+pub(super) struct Entries {
+    pub list: Vec<Entry>,
+    pub keeper: Option<Box<dyn Keeper>>,
+}
+
+/// An endpoint.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub assigned: AssignedDevice,
+    /// The inode of its node, by which another device's of the same name is told apart; `None` if it is not there.
+    pub inode: Option<u64>,
+    /// Where the keeper has its file.
+    pub place: Option<u8>,
+}
+
+/// An endpoint that cannot be removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// There is no such endpoint.
+    #[error("there is no endpoint {0}: ask for the list")]
+    NotFound(EndpointId),
+    /// It is given twice, or nothing is given.
+    #[error("give each endpoint that is to be removed once, at least one and at most {most}", most = protocol::MOST_DEVICES)]
+    Count,
+    /// Whoever else holds the file did not say that it was closed.
+    #[error(
+        "endpoint {endpoint} was removed and reaches nothing, but the watcher did not close its file, so that the host cannot have \
+         the device back: end the watcher (its command line has --watch-devices)"
+    )]
+    Held {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Registry {
+    /// The endpoints that a backend's device was made with. The keeper's places are those in this list.
+    pub fn new(backend: Arc<IommuBackend>, devices: Vec<AssignedDevice>, pluggable: Pluggable) -> Self {
+        let Pluggable { files, keeper, policy, directory } = pluggable;
+        let entry = |(place, assigned): (usize, AssignedDevice)| {
+            let inode = inode_of(&directory, &assigned.node);
+            Entry { assigned, inode, place: u8::try_from(place).ok().filter(|_| place < MOST_ENDPOINTS) }
+        };
+        let mut list: Vec<Entry> = devices.into_iter().enumerate().map(entry).collect();
+        list.sort_by_key(Entry::id);
+        Self {
+            backend,
+            files,
+            policy,
+            directory,
+            is_watched: AtomicBool::new(false),
+            entries: Mutex::new(Entries { list, keeper }),
+        }
+    }
+
+    pub(super) fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is any endpoint.
+    pub fn is_empty(&self) -> bool {
+        self.entries().list.is_empty()
+    }
+
+    /// What there is of each endpoint.
+    pub fn list(&self) -> Vec<protocol::Endpoint> {
+        let entries = self.entries();
+        let statuses: Vec<EndpointStatus> = self.backend.inspect(|device| device.endpoints().collect());
+        let status = |id| statuses.iter().find(|status| status.id == id);
+        entries.list.iter().filter_map(|entry| Some(endpoint(&entry.assigned, status(entry.id())?))).collect()
+    }
+
+    /// What the guest is told.
+    pub fn plan(&self) -> Plan {
+        let entries = self.entries();
+        let input_range = self.backend.inspect(|device| device.settings().input_range);
+        Plan { input_range, endpoints: entries.list.iter().map(|entry| entry.assigned.plan.clone()).collect() }
+    }
+
+    /// Takes endpoints away: when this returns they reach nothing any more, unless a sibling of their group does, and their files are
+    /// closed. Those of their groups that stay are returned, ascending.
+    ///
+    /// # Errors
+    ///
+    /// [`RemoveError`]; nothing was changed, unless it says otherwise.
+    pub fn remove(&self, endpoints: &[EndpointId]) -> Result<Vec<EndpointId>, RemoveError> {
+        let distinct = endpoints.iter().enumerate().all(|(at, id)| endpoints.iter().take(at).all(|other| other != id));
+        if !distinct || endpoints.is_empty() || endpoints.len() > protocol::MOST_DEVICES {
+            return Err(RemoveError::Count);
+        }
+        let mut entries = self.entries();
+        if let Some(missing) = endpoints.iter().find(|id| entries.find(**id).is_none()) {
+            return Err(RemoveError::NotFound(*missing));
+        }
+        let mut groups = Vec::new();
+        let mut held = None;
+        for id in endpoints {
+            let Some(entry) = entries.find(*id).map(|at| entries.list.remove(at)) else { continue };
+            groups.push(entry.assigned.group);
+            if let Err(source) = self.let_go(&mut entries, &entry) {
+                held = Some(RemoveError::Held { endpoint: *id, source });
+            }
+        }
+        let siblings = entries.list.iter().filter(|entry| groups.contains(&entry.assigned.group)).map(Entry::id);
+        held.map_or_else(|| Ok(siblings.collect()), Err)
+    }
+
+    /// Takes away the endpoints whose nodes are gone: the host wants their devices back, and waits for them.
+    pub fn remove_those_gone(&self) {
+        let mut entries = self.entries();
+        let is_gone = |entry: &mut Entry| {
+            let inode = inode_of(&self.directory, &entry.assigned.node);
+            inode.is_none() || inode != entry.inode
+        };
+        let gone: Vec<Entry> = entries.list.extract_if(.., is_gone).collect();
+        for entry in gone {
+            let AssignedDevice { node, .. } = &entry.assigned;
+            warn!("endpoint {}: the host takes its device back (/dev/{node} is gone)", entry.id());
+            if let Err(error) = self.let_go(&mut entries, &entry) {
+                warn!("endpoint {}: the watcher did not close its file: {error}", entry.id());
+            }
+        }
+    }
+
+    /// Whether somebody calls [`remove_those_gone`](Self::remove_those_gone) when a node goes; not at first. Without that nothing can
+    /// be added.
+    pub fn set_watched(&self, is_watched: bool) {
+        self.is_watched.store(is_watched, Ordering::Release);
+    }
+
+    pub(super) fn is_watched(&self) -> bool {
+        self.is_watched.load(Ordering::Acquire)
+    }
+
+    /// The keeper lets everything go: every endpoint is blocked.
+    pub fn close(&self) {
+        let keeper = self.entries().keeper.take();
+        drop(keeper);
+    }
+
+    /// Removes an endpoint whose entry was taken out.
+    fn let_go(&self, entries: &mut Entries, entry: &Entry) -> io::Result<()> {
+        self.backend.remove_endpoint(entry.id());
+        match (&mut entries.keeper, entry.place) {
+            (Some(keeper), Some(place)) => keeper.release(place),
+            (Some(_), None) => Err(io::Error::other("its place is not known")),
+            (None, _) => Ok(()),
+        }
+    }
+
+    /// A device's node, if it is there.
+    pub(super) fn look_at_node(&self, name: &str) -> Option<fs::Metadata> {
+        look_at_node(&self.directory, name)
+    }
+}
+
+impl Entries {
+    /// Where an endpoint is in the list.
+    pub fn find(&self, id: EndpointId) -> Option<usize> {
+        self.list.iter().position(|entry| entry.id() == id)
+    }
+
+    /// Gives up files that were held for endpoints that are none.
+    pub fn give_up(&mut self, places: &[u8]) {
+        for place in places {
+            if let Some(Err(error)) = self.keeper.as_mut().map(|keeper| keeper.release(*place)) {
+                warn!("the watcher holds the file of a device that is no endpoint: {}", with_causes(&error));
+            }
+        }
+    }
+}
+
+impl Entry {
+    pub fn id(&self) -> EndpointId {
+        self.assigned.plan.id
+    }
+}
+
+fn look_at_node(directory: &Path, node: &str) -> Option<fs::Metadata> {
+    fs::symlink_metadata(directory.join(Path::new(node).file_name()?)).ok()
+}
+
+/// The inode of a device's node: in the file system of device nodes, numbers are not used again.
+fn inode_of(directory: &Path, node: &str) -> Option<u64> {
+    look_at_node(directory, node).map(|metadata| metadata.ino())
+}
+
+fn endpoint(assigned: &AssignedDevice, status: &EndpointStatus) -> protocol::Endpoint {
+    let AssignedDevice { host, group, node, .. } = assigned;
+    protocol::Endpoint {
+        id: Text(status.id),
+        host: Text(*host),
+        group: *group,
+        node: node.clone(),
+        domain: status.domain.map(|domain| domain.0),
+        translation: match status.translation {
+            Translation::AsFound => protocol::Translation::AsFound,
+            Translation::Blocked => protocol::Translation::Blocked,
+            Translation::Bypass => protocol::Translation::Bypass,
+            Translation::Domain(_) => protocol::Translation::Domain,
+        },
+        siblings: status.siblings.iter().copied().map(Text).collect(),
+    }
+}

@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What `viommuctl` asks of a running daemon.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use comfy_table::{Table, presets};
+use serde_json::Value;
+
+use super::inspect::{Inspection, UsableError, inspect};
+use super::qemu::port_of_bus;
+use super::qmp::{Qmp, QmpError};
+use crate::control::protocol::{
+    Addition, Address, Device, Endpoint, Fault, FaultReason, Level, Mapping, Reply, Request, Stats, Translation,
+};
+use crate::control::{Client, ClientError};
+use crate::fd::{AdoptError, FileKind, adopt};
+use crate::id::{EndpointId, PciAddress};
+use crate::reserved::facts::Text;
+use crate::reserved::gather::{GatherError, Host};
+use crate::reserved::sysfs::{Sysfs, SysfsError};
+
+/// The daemon that is asked.
+#[derive(Clone, Debug, Args)]
+pub struct Daemon {
+    /// The daemon's control socket.
+    #[arg(long = "control", value_name = "PATH")]
+    path: PathBuf,
+}
+
+/// What is asked of a daemon.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Operation {
+    /// Shows a daemon's endpoints, their domains, and what has been counted.
+    Status {
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Adds all devices of a host IOMMU group to a running guest's IOMMU, and with --qmp to the guest itself.
+    ///
+    /// The devices must be bound to vfio-pci and idle. Their facts are gathered and their files opened here; the daemon and QEMU
+    /// are given the same files. Without --qmp, whoever started this gives the file to the VMM, and binds and plugs it after this has
+    /// returned.
+    Add(AddArguments),
+    /// Takes endpoints away. When this returns, the daemon has let their devices go.
+    Remove {
+        /// The endpoints, as the guest has them.
+        #[arg(required = true, value_name = "BDF")]
+        endpoints: Vec<EndpointId>,
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+        /// QEMU's monitor: first the guest is asked to let the devices go, and waited for.
+        #[arg(long, value_name = "PATH")]
+        qmp: Option<PathBuf>,
+    },
+    /// Shows the faults that the daemon remembers: accesses and requests that were refused for reasons the guest is told of.
+    Faults {
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+        /// Go on with those that come, until the daemon ends.
+        #[arg(long)]
+        follow: bool,
+        /// Only those with a higher number.
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        after: u64,
+        /// Print JSON, one line for each.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows what a domain of the guest maps.
+    Mappings {
+        /// The domain's number.
+        domain: u32,
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+        /// Print JSON, one line for each.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows what the guest is told of each endpoint.
+    Told {
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+        /// Print JSON, as `plan --json` does.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Changes how much a daemon logs: off, error, warn, info, debug or trace.
+    LogLevel {
+        /// How much.
+        #[arg(value_parser = parse_level)]
+        level: Level,
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+}
+
+fn parse_level(text: &str) -> Result<Level, log::ParseLevelError> {
+    text.parse().map(|level: log::LevelFilter| level.into())
+}
+
+/// What is added, and to what.
+#[derive(Clone, Debug, Args)]
+pub struct AddArguments {
+    /// Addresses of the devices on the host: all of one IOMMU group that are bound to VFIO.
+    #[arg(required = true, value_name = "BDF")]
+    devices: Vec<PciAddress>,
+    #[command(flatten)]
+    daemon: Daemon,
+    /// Where the guest has, or is to have, each device, in the same order. The guest's VIOT must say that the IOMMU is before it:
+    /// it does for 01:00.0 and on with `run --hotplug`.
+    #[arg(long, value_name = "BDF", required = true, value_delimiter = ',')]
+    guest: Vec<PciAddress>,
+    /// QEMU's monitor: the devices are plugged into the guest when the daemon has them.
+    #[arg(long, value_name = "PATH")]
+    qmp: Option<PathBuf>,
+    /// The port that the device is plugged into, if it is not one of `run --hotplug`. For one device.
+    #[arg(long, value_name = "ID", requires = "qmp")]
+    bus: Option<String>,
+    /// Number of an inherited VFIO device file for each device, in the same order, which the VMM has too: for other VMMs, which must
+    /// not have bound it yet.
+    #[arg(long, value_name = "FD", value_delimiter = ',', conflicts_with = "qmp")]
+    cdev_fd: Vec<RawFd>,
+}
+
+/// Something that could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum OperateError {
+    /// The daemon.
+    #[error(transparent)]
+    Daemon(#[from] ClientError),
+    /// The daemon answered something else.
+    #[error("the daemon answered something else than it was asked: use programs of the same version")]
+    Unexpected,
+    /// The arguments do not fit each other.
+    #[error("{0}")]
+    Usage(String),
+    /// The host does not tell.
+    #[error(transparent)]
+    Gather(#[from] GatherError),
+    /// The host does not tell.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
+    /// The device cannot be had.
+    #[error("{device} cannot be assigned: `viommuctl check {device}` says what to do")]
+    Unusable {
+        /// The device.
+        device: PciAddress,
+        /// Why.
+        source: UsableError,
+    },
+    /// The device's file cannot be had.
+    #[error("cannot open {}", .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A passed file cannot be used.
+    #[error(transparent)]
+    File(#[from] AdoptError),
+    /// QEMU.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// QEMU, after the daemon had the device.
+    #[error("the endpoints were taken away again, as the guest cannot have them")]
+    NotPlugged(#[source] QmpError),
+    /// The output is gone.
+    #[error("cannot write")]
+    Output(#[source] io::Error),
+}
+
+impl OperateError {
+    /// The exit code: 1 run time, 2 usage, 3 host.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::File(_) => 2,
+            Self::Gather(_) | Self::Sysfs(_) | Self::Unusable { .. } | Self::Open { .. } => 3,
+            Self::Daemon(_) | Self::Unexpected | Self::Qmp(_) | Self::NotPlugged(_) | Self::Output(_) => 1,
+        }
+    }
+}
+
+type Done = Result<(), OperateError>;
+
+impl Operation {
+    /// Asks, and prints what is answered.
+    ///
+    /// # Errors
+    ///
+    /// [`OperateError`]
+    pub fn run(self) -> Done {
+        match self {
+            Self::Status { daemon, json } => status(&daemon, json),
+            Self::Add(arguments) => arguments.add(),
+            Self::Remove { endpoints, daemon, qmp } => remove(&daemon, &endpoints, qmp.as_deref()),
+            Self::Faults { daemon, follow, after, json } => faults(&daemon, after, follow, json),
+            Self::Mappings { domain, daemon, json } => mappings(&daemon, domain, json),
+            Self::Told { daemon, json } => told(&daemon, json),
+            Self::LogLevel { level, daemon } => match daemon.client()?.ask(Request::LogLevel { level })? {
+                Reply::LogLevel(_) => Ok(()),
+                _ => Err(OperateError::Unexpected),
+            },
+        }
+    }
+}
+
+impl Daemon {
+    fn client(&self) -> Result<Client, ClientError> {
+        Client::connect(&self.path)
+    }
+}
+
+fn print(text: &str) -> Done {
+    let mut output = io::stdout().lock();
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).map_err(OperateError::Output)
+}
+
+fn json_line(value: &impl serde::Serialize) -> String {
+    // Texts, numbers, lists and truth values: nothing that JSON cannot say.
+    format!("{}\n", serde_json::to_string(value).unwrap_or_default())
+}
+
+fn status(daemon: &Daemon, json: bool) -> Done {
+    let mut client = daemon.client()?;
+    let Reply::Endpoints(endpoints) = client.ask(Request::List)? else { return Err(OperateError::Unexpected) };
+    let Reply::Stats(stats) = client.ask(Request::Stats)? else { return Err(OperateError::Unexpected) };
+    if json {
+        return print(&json_line(&serde_json::json!({ "endpoints": endpoints, "stats": stats })));
+    }
+    let mut table = table(&["endpoint", "host device", "group", "domain", "its DMA goes through"]);
+    for endpoint in &endpoints {
+        let Endpoint { id, host, group, domain, translation, .. } = endpoint;
+        let domain = domain.map_or_else(|| "none".to_owned(), |domain| domain.to_string());
+        let through = match translation {
+            Translation::AsFound => "what the VMM set up",
+            Translation::Blocked => "nothing: it is refused",
+            Translation::Bypass => "guest memory as it is",
+            Translation::Domain => "the domain's mappings",
+        };
+        table.add_row([&id.0.to_string(), &host.0.to_string(), &group.to_string(), &domain, through]);
+    }
+    print(&format!("{table}\n{}", show_stats(&stats)))
+}
+
+fn show_stats(stats: &Stats) -> String {
+    let kinds = [
+        ("PROBE", stats.probe),
+        ("ATTACH", stats.attach),
+        ("DETACH", stats.detach),
+        ("MAP", stats.map),
+        ("UNMAP", stats.unmap),
+    ];
+    let mut text = format!("{} domains with {} mappings\nrequests:", stats.domains, stats.mappings);
+    for (name, count) in kinds {
+        // A String takes everything.
+        let _ = write!(text, " {} {name} ({} failed)", count.ok.saturating_add(count.failed), count.failed);
+    }
+    let _ = writeln!(text, "; {} unreadable", stats.unreadable);
+    let _ = writeln!(text, "faults: {}, of which {} found no room for the guest", stats.faults, stats.faults_dropped);
+    text
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    table
+}
+
+fn remove(daemon: &Daemon, endpoints: &[EndpointId], qmp: Option<&Path>) -> Done {
+    let mut client = daemon.client()?;
+    if let Some(path) = qmp {
+        let mut qmp = Qmp::connect(path)?;
+        for endpoint in endpoints {
+            qmp.unplug((*endpoint).into())?;
+        }
+    }
+    let request = Request::Remove { endpoints: endpoints.iter().copied().map(Text).collect() };
+    let Reply::Removed(removal) = client.ask(request)? else { return Err(OperateError::Unexpected) };
+    for sibling in removal.siblings {
+        eprintln!(
+            "viommuctl: {} of the same host group stays: until the host has the devices back, they reach what it reaches",
+            sibling.0
+        );
+    }
+    Ok(())
+}
+
+fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
+    let mut client = daemon.client()?;
+    let Reply::Faults(faults) = client.ask(Request::Faults { after, follow })? else {
+        return Err(OperateError::Unexpected);
+    };
+    let show = |fault: &Fault| if json { json_line(fault) } else { show_fault(fault) };
+    let mut last = after;
+    for fault in &faults.faults {
+        print(&show(fault))?;
+        last = fault.number;
+    }
+    if !follow {
+        return Ok(());
+    }
+    loop {
+        let fault = match client.next_reply() {
+            Ok(Reply::Fault(fault)) => fault,
+            Ok(_) => return Err(OperateError::Unexpected),
+            Err(ClientError::Ended) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let missing = fault.number.saturating_sub(last).saturating_sub(1);
+        if missing > 0 && last > 0 {
+            eprintln!("viommuctl: {missing} faults came too fast to be shown");
+        }
+        last = fault.number;
+        print(&show(&fault))?;
+    }
+}
+
+fn show_fault(fault: &Fault) -> String {
+    let Fault { number, time, endpoint, reason, address, read, write } = fault;
+    let address = address.map_or_else(String::new, |Text(address)| format!(" to {address}"));
+    let access = match (read, write) {
+        (true, true) => "read-write access",
+        (true, false) => "read",
+        (false, true) => "write",
+        (false, false) => "access",
+    };
+    let why = match reason {
+        FaultReason::Domain => "the endpoint is in no domain, or blocked",
+        FaultReason::Mapping => "nothing is mapped there, or not for this access",
+        FaultReason::Unknown => "for a reason of the host's, which the daemon's log says",
+    };
+    format!("{}.{:03} #{number} endpoint {}: {access}{address} refused: {why}\n", time / 1000, time % 1000, endpoint.0)
+}
+
+fn mappings(daemon: &Daemon, domain: u32, json: bool) -> Done {
+    let mut client = daemon.client()?;
+    let mut from = Text(Address(0));
+    loop {
+        let limit = crate::control::protocol::LARGEST_PAGE;
+        let Reply::Mappings(page) = client.ask(Request::Mappings { domain, from, limit })? else {
+            return Err(OperateError::Unexpected);
+        };
+        for mapping in &page.mappings {
+            print(&if json { json_line(mapping) } else { show_mapping(mapping) })?;
+        }
+        match page.next.filter(|next| next.0 > from.0) {
+            Some(next) => from = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+fn show_mapping(mapping: &Mapping) -> String {
+    let Mapping { start, end, physical, read, write } = mapping;
+    let access = match (read, write) {
+        (true, true) => "read-write",
+        (true, false) => "read-only",
+        (false, true) => "write-only",
+        (false, false) => "no access",
+    };
+    format!("{}-{} to {} {access}\n", start.0, end.0, physical.0)
+}
+
+fn told(daemon: &Daemon, json: bool) -> Done {
+    let Reply::Plan(plan) = daemon.client()?.ask(Request::Plan)? else { return Err(OperateError::Unexpected) };
+    if json {
+        return print(&format!("{}\n", serde_json::to_string_pretty(&plan).unwrap_or_default()));
+    }
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let ends = list(plan.get("input_range").unwrap_or(&Value::Null));
+    let mut output = format!("input range: {}\n", ends.iter().map(text).collect::<Vec<_>>().join("-"));
+    for endpoint in list(plan.get("endpoints").unwrap_or(&Value::Null)) {
+        let field = |name: &str| endpoint.get(name).cloned().unwrap_or_default();
+        let mut table = table(&["range", "the guest is told", "why"]);
+        for (name, told, why) in [("resv", Some("subtype"), None), ("withheld", None, Some("reason"))] {
+            for row in list(&field(name)) {
+                let cell = |key: &str| row.get(key).map(text).unwrap_or_default();
+                let range = format!("{}-{}", cell("start"), cell("end"));
+                let told = told.map_or_else(|| "nothing".to_owned(), cell);
+                table.add_row([range, told, why.map(cell).unwrap_or_default()]);
+            }
+        }
+        let _ = writeln!(output, "{}\n{table}", text(&field("id")));
+        for advisory in list(&field("advisories")) {
+            let cell = |key: &str| advisory.get(key).map(text).unwrap_or_default();
+            let _ = writeln!(output, "{}-{}: {}", cell("start"), cell("end"), cell("text"));
+        }
+    }
+    print(&output)
+}
+
+impl AddArguments {
+    fn add(&self) -> Done {
+        self.check()?;
+        // What cannot be reached is said before anything is touched.
+        let mut client = self.daemon.client()?;
+        let mut monitor = self.qmp.as_deref().map(Qmp::connect).transpose()?;
+        let (addition, nodes) = self.gather()?;
+        let files = self.files(&nodes)?;
+        let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        let ids: Vec<Text<EndpointId>> = addition.devices.iter().map(|device| device.id).collect();
+        let Reply::Added(_) = client.ask_with_files(Request::Add(addition), &borrowed)? else {
+            return Err(OperateError::Unexpected);
+        };
+        let Some(monitor) = &mut monitor else { return Ok(()) };
+        for (guest, file) in self.guest.iter().zip(&borrowed) {
+            let bus = self.bus.clone().or_else(|| port_of_bus(guest.bus())).unwrap_or_default();
+            if let Err(error) = monitor.plug(*guest, &bus, *file) {
+                client.ask(Request::Remove { endpoints: ids })?;
+                return Err(OperateError::NotPlugged(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// The devices' files: those that were passed, or opened here.
+    fn files(&self, nodes: &[PathBuf]) -> Result<Vec<OwnedFd>, OperateError> {
+        let passed = self.cdev_fd.iter().map(|number| Ok(adopt(*number, FileKind::VfioDevice)?.file));
+        if !self.cdev_fd.is_empty() {
+            return passed.collect();
+        }
+        let open = |path: &PathBuf| {
+            let file = File::options().read(true).write(true).open(path);
+            file.map(OwnedFd::from).map_err(|source| OperateError::Open { path: path.clone(), source })
+        };
+        nodes.iter().map(open).collect()
+    }
+
+    fn check(&self) -> Done {
+        let usage = |text: &str| Err(OperateError::Usage(text.to_owned()));
+        if self.guest.len() != self.devices.len() {
+            return usage("give as many --guest addresses as devices");
+        }
+        if !self.cdev_fd.is_empty() && self.cdev_fd.len() != self.devices.len() {
+            return usage("give as many --cdev-fd numbers as devices");
+        }
+        if self.bus.is_some() && self.devices.len() != 1 {
+            return usage("--bus is for one device");
+        }
+        let needs_port = self.qmp.is_some() && self.bus.is_none();
+        if needs_port && self.guest.iter().any(|guest| guest.segment() != 0 || port_of_bus(guest.bus()).is_none()) {
+            return usage(
+                "devices cannot be plugged into the root bus: use 01:00.0 and on with `run --hotplug`, or give --bus",
+            );
+        }
+        Ok(())
+    }
+
+    /// What is known of the devices, and their files.
+    fn gather(&self) -> Result<(Addition, Vec<PathBuf>), OperateError> {
+        let (host, sysfs) = (Host::default(), Sysfs::new("/sys"));
+        let (mut devices, mut nodes, mut groups) = (Vec::new(), Vec::new(), Vec::new());
+        for (address, guest) in self.devices.iter().zip(&self.guest) {
+            let Inspection { group, facts, granule, usable_unknown } = inspect(&host, *address)?;
+            let unusable = |source| OperateError::Unusable { device: *address, source };
+            if let Some(source) = usable_unknown {
+                return Err(unusable(source));
+            }
+            let node = sysfs.vfio_node(*address)?.ok_or_else(|| unusable(UsableError::NotBound))?;
+            nodes.push(Path::new("/dev/vfio/devices").join(&node));
+            devices.push(Device {
+                id: Text(EndpointId::from(*guest)),
+                host: Text(*address),
+                node,
+                granule,
+                facts: (&facts).into(),
+            });
+            groups.push(group);
+        }
+        let Some(first) = groups.first() else { return Err(OperateError::Usage("give a device".to_owned())) };
+        if let Some(other) = groups.iter().find(|group| group.number != first.number) {
+            let text = format!(
+                "the devices are in IOMMU groups {} and {}: add those of one group at a time",
+                first.number, other.number
+            );
+            return Err(OperateError::Usage(text));
+        }
+        let mut vfio_members = Vec::new();
+        for member in &first.members {
+            if sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio")) {
+                vfio_members.push(Text(*member));
+            }
+        }
+        Ok((Addition { group: first.number, vfio_members, devices }, nodes))
+    }
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The daemon's own control socket, and viommuctl.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::*;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+
+struct Daemon {
+    child: Child,
+    directory: tempfile::TempDir,
+}
+
+fn control(directory: &tempfile::TempDir) -> PathBuf {
+    directory.path().join("control/socket")
+}
+
+impl Daemon {
+    /// A daemon without endpoints that listens on both sockets.
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(DAEMON);
+        command.arg("--control-path").arg(control(&directory));
+        Self::run(command, directory)
+    }
+
+    fn run(mut command: Command, directory: tempfile::TempDir) -> Self {
+        command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(directory.path().join("socket"));
+        let child = files::spawn(command.stderr(Stdio::piped()));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !directory.path().join("socket").exists() {
+            assert!(Instant::now() < deadline, "the daemon does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self { child, directory }
+    }
+
+    fn control(&self) -> PathBuf {
+        control(&self.directory)
+    }
+
+    fn client(&self) -> Client {
+        Client::new(UnixStream::connect(self.control()).unwrap())
+    }
+
+    fn end(mut self) -> String {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let control = self.control();
+        let Output { status, stderr, .. } = self.child.wait_with_output().unwrap();
+        let log = String::from_utf8(stderr).unwrap();
+        assert_eq!(status.code(), Some(0), "{log}");
+        assert!(!control.exists(), "the socket is removed");
+        log
+    }
+}
+
+fn run(command: &mut Command) -> (i32, String) {
+    let Output { status, stderr, .. } = files::output(command);
+    (status.code().unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn the_daemon_answers_and_takes_its_socket_with_it() {
+    let daemon = Daemon::start();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&daemon.control()), mode(daemon.control().parent().unwrap())), (0o600, 0o700));
+    let mut client = daemon.client();
+    assert_eq!(client.ask(&json!("list")), json!({ "endpoints": [] }));
+    assert_eq!(client.ask(&json!("plan"))["plan"]["input_range"], json!(["0x0", "0xffffffff"]));
+    let reply = client.ask_with(&json!({ "add": addition() }), &[files::pipe().0]);
+    let (kind, message) = refusal(&reply);
+    assert!(kind == "host" && message.contains("without --iommufd-fd"), "{message}");
+    daemon.end();
+}
+
+#[test]
+fn how_much_is_logged_can_be_changed() {
+    for (level, is_logged) in [("error", false), ("info", true)] {
+        let daemon = Daemon::start();
+        let mut machine = Machine::connect(&daemon.directory.path().join("socket"), guest_memory(MEMORY_SIZE));
+        machine.start();
+        let request = json!({ "log-level": { "level": level } });
+        assert_eq!(daemon.client().ask(&request), json!({ "log-level": level }));
+        let log = daemon.end();
+        assert_eq!(log.contains("every endpoint is blocked"), is_logged, "{log}");
+    }
+}
+
+#[test]
+fn how_much_is_logged_is_what_the_daemon_was_started_with() {
+    for (level, is_logged) in [("error", false), ("info", true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(DAEMON);
+        command.arg("--control-path").arg(control(&directory)).arg(format!("--log-level={level}"));
+        let daemon = Daemon::run(command, directory);
+        daemon.client().ask(&json!("list"));
+        let log = daemon.end();
+        assert_eq!(log.contains("listening on"), is_logged, "{log}");
+    }
+}
+
+#[test]
+fn whoever_follows_faults_sees_the_daemon_end() {
+    let daemon = Daemon::start();
+    let mut follower = daemon.client();
+    assert_eq!(follower.ask(&json!({ "faults": { "follow": true } }))["faults"]["recorded"], 0);
+    daemon.end();
+    assert!(follower.next().is_none());
+}
+
+#[test]
+fn a_guest_and_an_operator_are_served_together() {
+    let daemon = Daemon::start();
+    let mut machine = Machine::connect(&daemon.directory.path().join("socket"), guest_memory(MEMORY_SIZE));
+    machine.start();
+    assert_eq!(machine.send(&common::attach(1, FIRST.0, 0)), NOENT);
+    assert_eq!(daemon.client().ask(&json!("stats"))["stats"]["attach"]["failed"], 1);
+    let log = daemon.end();
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
+fn a_socket_that_is_passed_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(directory.path().join("passed")).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let mut command = Command::new(DAEMON);
+    command.arg(format!("--control-fd={}", std::os::fd::AsRawFd::as_raw_fd(&listener)));
+    let daemon = Daemon::run(command, directory);
+    drop(listener);
+    let mut client = Client::new(UnixStream::connect(daemon.directory.path().join("passed")).unwrap());
+    assert_eq!(client.ask(&json!("list")), json!({ "endpoints": [] }));
+    daemon.end();
+}
+
+#[test]
+fn a_control_socket_that_cannot_be_had_is_said_before_anything_is_done() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("file"), "precious").unwrap();
+    fs::create_dir(path("open")).unwrap();
+    fs::set_permissions(path("open"), fs::Permissions::from_mode(0o777)).unwrap();
+    let _live = UnixListener::bind(path("live")).unwrap();
+    let option = |name: &str| format!("--control-path={}", path(name).display());
+    for (options, code, text) in [
+        (vec![option("file")], 2, "is not a socket"),
+        (vec![option("open/socket")], 2, "can be written by others"),
+        (vec![option("live")], 2, "in use by another process"),
+        (vec![option("not/there/socket")], 1, "cannot use the directory"),
+        (vec!["--control-fd=999".to_owned()], 2, "fd 999 is not open"),
+        (vec!["--control-fd=1".to_owned()], 2, "standard input"),
+        (vec!["--control-fd=5".to_owned(), option("socket")], 2, "cannot be used with"),
+    ] {
+        let mut command = Command::new(DAEMON);
+        command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(path("socket")).args(&options);
+        let (found, said) = run(&mut command);
+        assert_eq!(found, code, "{options:?}: {said}");
+        assert!(said.contains(text), "{options:?}: {said}");
+        assert!(!path("socket").exists());
+    }
+    assert_eq!(fs::read_to_string(path("file")).unwrap(), "precious");
+    assert!(path("live").exists(), "a socket of somebody else's is left alone");
+}
+
+/// How many sockets a daemon has open.
+fn sockets(daemon: &Daemon) -> usize {
+    let files = fs::read_dir(format!("/proc/{}/fd", daemon.child.id())).unwrap();
+    let links = files.filter_map(|file| fs::read_link(file.unwrap().path()).ok());
+    links.filter(|link| link.to_string_lossy().starts_with("socket:")).count()
+}
+
+#[test]
+fn viommuctl_follows_faults_until_the_daemon_ends() {
+    let daemon = Daemon::start();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_viommuctl"));
+    command.args(["faults", "--follow", "--control"]).arg(daemon.control());
+    let before = sockets(&daemon);
+    let follower = files::spawn(command.stdout(Stdio::piped()));
+    // It is connected when the daemon has one more socket.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while sockets(&daemon) <= before {
+        assert!(Instant::now() < deadline, "it does not connect");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    daemon.end();
+    let output = follower.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+}
