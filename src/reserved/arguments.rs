@@ -41,6 +41,15 @@ pub struct PolicyArguments {
     host_window: Vec<IovaRange>,
 }
 
+impl Default for PolicyArguments {
+    /// As if no option were given, with the doorbell of x86.
+    fn default() -> Self {
+        let Policy { relaxable, inbound, peer_to_peer, max_address_width, input_range, .. } = Policy::default();
+        let (guest_msi, host_window) = (Some(GuestMsi::At(X86_MSI)), Vec::new());
+        Self { input_range, max_address_width, guest_msi, relaxable, inbound, p2p: peer_to_peer, host_window }
+    }
+}
+
 impl PolicyArguments {
     /// The choices.
     pub fn policy(&self) -> Policy {

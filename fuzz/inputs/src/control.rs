@@ -27,8 +27,8 @@ use virtio_iommu::id::EndpointId;
 use virtio_iommu::queue::Polling;
 use virtio_iommu::range::RangeSet;
 use virtio_iommu::reserved::HostFacts;
-use virtio_iommu::reserved::arguments::{GuestMsi, PolicyArguments};
-use virtio_iommu::reserved::plan::{Inbound, PeerToPeer, Policy, Relaxable, X86_MSI, plan};
+use virtio_iommu::reserved::arguments::PolicyArguments;
+use virtio_iommu::reserved::plan::{Policy, X86_MSI, plan};
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -174,15 +174,7 @@ impl Bench {
             fs::write(directory.join(format!("vfio{device}")), "").expect("a node");
         }
         let copies = Copies::default();
-        let policy = PolicyArguments {
-            input_range: None,
-            max_address_width: None,
-            guest_msi: Some(GuestMsi::At(X86_MSI)),
-            relaxable: Relaxable::Ignore,
-            inbound: Inbound::Report,
-            p2p: PeerToPeer::Warn,
-            host_window: Vec::new(),
-        };
+        let policy = PolicyArguments::default();
         let pluggable = Pluggable {
             files: Some(Box::new(Pipes(host))),
             keeper: Some(Box::new(copies.clone())),
