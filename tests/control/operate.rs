@@ -17,7 +17,7 @@ fn viommuctl(arguments: &[&str]) -> Command {
 
 /// Exit code, output, and what was said.
 fn run(command: &mut Command) -> (i32, String, String) {
-    let Output { status, stdout, stderr } = files::output(command);
+    let Output { status, stdout, stderr } = command.output().unwrap();
     (status.code().unwrap(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 
@@ -91,7 +91,7 @@ fn faults_are_shown_and_followed_until_the_daemon_ends() {
     assert_eq!(well(&bench, &["faults", "--after", "1"]), "");
 
     let mut command = viommuctl(&["faults", "--follow", "--json"]);
-    let mut follower = files::spawn(command.arg("--control").arg(bench.path()).stdout(Stdio::piped()));
+    let mut follower = command.arg("--control").arg(bench.path()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
     let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap().unwrap()).unwrap()["number"].clone();
     assert_eq!(next(), 1);
@@ -102,12 +102,30 @@ fn faults_are_shown_and_followed_until_the_daemon_ends() {
 }
 
 #[test]
+fn faults_are_followed_until_the_daemon_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let answer = "{\"version\":1,\"reply\":{\"faults\":{\"recorded\":0,\"faults\":[]}}}\n";
+    for (answer, code) in [(answer, 0), ("", 1)] {
+        let mut command = viommuctl(&["faults", "--follow"]);
+        let follower = command.arg("--control").arg(&path).stderr(Stdio::piped()).spawn().unwrap();
+        let mut daemon = BufReader::new(listener.accept().unwrap().0);
+        daemon.read_line(&mut String::new()).unwrap();
+        daemon.get_mut().write_all(answer.as_bytes()).unwrap();
+        drop(daemon);
+        let output = follower.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
 fn endpoints_are_removed() {
     let bench = Bench::new();
     let (_, closed) = bench.add(&addition());
     let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT]);
     assert!(code == 1 && said.contains("there is no endpoint 0000:02:00.0"), "{said}");
-    assert!(!closed[0].is_closed());
+    assert!(closed[0].is_open());
     assert_eq!(well(&bench, &["remove", "01:00.0"]), "");
     assert!(closed[0].is_closed());
 }
