@@ -17,6 +17,7 @@ use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+pub mod alone;
 mod requests;
 pub mod status;
 

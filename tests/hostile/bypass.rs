@@ -15,7 +15,7 @@ use virtio_iommu::reserved::EndpointView;
 use virtio_iommu::translate::{Limits, Translation, Translator};
 use vm_memory::GuestAddress;
 
-use crate::alone::Ends;
+use crate::common::alone::Ends;
 use crate::common::{attach, map};
 use crate::machine::{LEFT, LONE, Machine, OK, READ, RIGHT, WRITE, settings};
 

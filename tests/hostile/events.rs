@@ -15,7 +15,7 @@ use virtio_iommu::reserved::EndpointView;
 use virtio_iommu::translate::{Limits, Translation};
 use virtio_queue::desc::split::Descriptor;
 
-use crate::alone::Ends;
+use crate::common::alone::Ends;
 use crate::common::{attach, map};
 use crate::machine::{
     FILL, LONE, Machine, NEXT, NOMEM, OK, READ, REPLY, REQUEST, Ring, WRITABLE, WRITE, ram, settings,

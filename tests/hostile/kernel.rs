@@ -15,7 +15,7 @@ use virtio_iommu::memory::GuestRam;
 use virtio_iommu::range::RangeSet;
 use virtio_iommu::reserved::EndpointView;
 
-use crate::alone::{alone, memory, open_files};
+use crate::common::alone::{alone, memory, open_files};
 use crate::common::{Memory, attach, guest_memory, map, unmap};
 use crate::machine::{DEVERR, FAULT, INVAL, NOMEM, OK, READ, WRITE, range};
 

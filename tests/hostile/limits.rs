@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 use virtio_iommu::device::Settings;
 use virtio_iommu::host::fake::Flavour;
 
-use crate::alone::{alone, memory};
+use crate::common::alone::{alone, memory};
 use crate::common::{attach, detach, map, unmap};
 use crate::machine::{INVAL, LONE, Machine, NOENT, NOMEM, OK, READ, settings, unmap_to};
 

@@ -7,7 +7,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod alone;
 mod bypass;
 mod chains;
 mod events;

@@ -6,7 +6,7 @@ use virtio_iommu::request::LARGEST_REPLY;
 use virtio_iommu::spec::feature;
 use virtio_queue::desc::split::Descriptor;
 
-use crate::alone::{alone, peak_memory};
+use crate::common::alone::{alone, peak_memory};
 use crate::common::probe;
 use crate::machine::{FILL, INVAL, LONE, Machine, NEXT, OK, PROBE_SIZE, REPLY, REQUEST, Reply, WRITABLE};
 

@@ -14,7 +14,7 @@ use virtio_iommu::host::fake::{Failure, FakeHost, Flavour};
 use virtio_iommu::queue::Polling;
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 
-use crate::alone::alone;
+use crate::common::alone::alone;
 use crate::common::{Machine, attach, detach, guest_memory, map};
 use crate::machine::{LONE, NOMEM, OK, READ, msi_view, range, usable};
 

@@ -9,7 +9,6 @@ fn an_emulated_device_uses_the_guests_memory_and_its_faults_reach_the_guest_with
     use virtio_iommu::translate::{Limits, Translation};
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-    let _files = FILES.read();
     let group = Arc::new(Translation::new(Limits::default()).group(vec![ID]));
     let translator = group.translator(ID).unwrap();
     let settings = Settings { boot_bypass: false, ..Settings::new("0-7fffffffff".parse().unwrap(), 0x1000) };

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::raw::*;
 use super::*;
+use crate::common::alone::{alone, open_files};
 use rustix::event::{EventfdFlags, eventfd};
 
 /// Files of all kinds but the right one.
@@ -30,51 +31,53 @@ fn wrong_files() -> Vec<(&'static str, OwnedFd)> {
 
 #[test]
 fn what_is_no_memory_is_refused_as_memory() {
-    let _alone = FILES.write();
-    let (files, memory) = (wrong_files(), memfd(SIZE));
-    let before = open_files();
-    for (kind, file) in &files {
-        for (code, body) in
-            [(SET_MEM_TABLE, table(&[0, SIZE, USER, 0])), (ADD_MEM_REG, region(&[SIZE, SIZE, USER + SIZE, 0]))]
-        {
-            let mut victim = Victim::ready(&memory);
-            assert_eq!(victim.frontend.ask(code, &body, &[file.as_raw_fd()]), Some(false), "{kind}");
-            assert!(!victim.frontend.is_heard(), "{kind}");
-            victim.end();
+    alone("files::what_is_no_memory_is_refused_as_memory", || {
+        let (files, memory) = (wrong_files(), memfd(SIZE));
+        let before = open_files();
+        for (kind, file) in &files {
+            for (code, body) in
+                [(SET_MEM_TABLE, table(&[0, SIZE, USER, 0])), (ADD_MEM_REG, region(&[SIZE, SIZE, USER + SIZE, 0]))]
+            {
+                let mut victim = Victim::ready(&memory);
+                assert_eq!(victim.frontend.ask(code, &body, &[file.as_raw_fd()]), Some(false), "{kind}");
+                assert!(!victim.frontend.is_heard(), "{kind}");
+                victim.end();
+            }
         }
-    }
-    assert_eq!(open_files(), before);
+        assert_eq!(open_files(), before);
+    });
 }
 
 /// A ring with any file for kick and call either does not start, which ends the connection, or is served by the kicks that it gets;
 /// and the connection's end is seen.
 #[test]
 fn any_file_as_kick_and_call_holds_up_nobody() {
-    let _alone = FILES.write();
-    let (files, memory, good) = (wrong_files(), memfd(SIZE), event());
-    let before = open_files();
-    for (kind, file) in &files {
-        for (kick, call) in [(file, &good), (&good, file), (file, file)] {
-            let mut victim = Victim::ready(&memory);
-            for (code, body, file) in [
-                (SET_VRING_NUM, ring(0, 16), None),
-                (SET_VRING_ADDR, words(&[0, USER, USER + 0x2000, USER + 0x1000, 0]), None),
-                (SET_VRING_CALL, words(&[0]), Some(call)),
-                (SET_VRING_ERR, words(&[0]), Some(call)),
-                (SET_VRING_KICK, words(&[0]), Some(kick)),
-            ] {
-                let file = file.map(AsRawFd::as_raw_fd);
-                assert_eq!(victim.frontend.ask(code, &body, file.as_slice()), Some(true), "{kind}");
+    alone("files::any_file_as_kick_and_call_holds_up_nobody", || {
+        let (files, memory, good) = (wrong_files(), memfd(SIZE), event());
+        let before = open_files();
+        for (kind, file) in &files {
+            for (kick, call) in [(file, &good), (&good, file), (file, file)] {
+                let mut victim = Victim::ready(&memory);
+                for (code, body, file) in [
+                    (SET_VRING_NUM, ring(0, 16), None),
+                    (SET_VRING_ADDR, words(&[0, USER, USER + 0x2000, USER + 0x1000, 0]), None),
+                    (SET_VRING_CALL, words(&[0]), Some(call)),
+                    (SET_VRING_ERR, words(&[0]), Some(call)),
+                    (SET_VRING_KICK, words(&[0]), Some(kick)),
+                ] {
+                    let file = file.map(AsRawFd::as_raw_fd);
+                    assert_eq!(victim.frontend.ask(code, &body, file.as_slice()), Some(true), "{kind}");
+                }
+                let is_started = victim.frontend.ask(SET_VRING_ENABLE, &ring(0, 1), &[]).unwrap();
+                assert_eq!(victim.frontend.is_heard(), is_started, "{kind}");
+                if is_started {
+                    assert!(victim.frontend.call(GET_VRING_BASE, &ring(0, 0), &[]).is_some(), "{kind}");
+                }
+                victim.end();
             }
-            let is_started = victim.frontend.ask(SET_VRING_ENABLE, &ring(0, 1), &[]).unwrap();
-            assert_eq!(victim.frontend.is_heard(), is_started, "{kind}");
-            if is_started {
-                assert!(victim.frontend.call(GET_VRING_BASE, &ring(0, 0), &[]).is_some(), "{kind}");
-            }
-            victim.end();
         }
-    }
-    assert_eq!(open_files(), before);
+        assert_eq!(open_files(), before);
+    });
 }
 
 /// A request that is answered with NOENT.
@@ -86,7 +89,6 @@ fn unknown() -> Vec<u8> {
 /// thread that serves the rings.
 #[test]
 fn a_kick_that_is_exchanged_holds_up_nobody() {
-    let _files = FILES.read();
     for flags in [EventfdFlags::CLOEXEC, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK] {
         let memory = memfd(SIZE);
         let (first, second, call) = (event(), eventfd(0, flags).unwrap(), event());
@@ -110,7 +112,6 @@ fn a_kick_that_is_exchanged_holds_up_nobody() {
 /// the connection is seen.
 #[test]
 fn a_call_that_blocks_holds_up_only_the_ring() {
-    let _files = FILES.read();
     let memory = memfd(SIZE);
     let (kicks, full) = (event(), event());
     let mut victim = Victim::ready(&memory);

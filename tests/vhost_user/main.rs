@@ -5,9 +5,9 @@
 #![cfg(all(feature = "vhost-user", feature = "test-utils"))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
+#[cfg(feature = "translate")]
 #[path = "../common/mod.rs"]
 mod common;
-#[cfg(feature = "translate")]
 mod emulated;
 mod files;
 mod large_maps;
@@ -26,7 +26,6 @@ use std::thread::JoinHandle;
 
 use common::status::{FAULT, INVAL, NOENT, OK};
 use common::{Machine, Reply, attach, detach, guest_memory, map, probe, unmap};
-use parking_lot::{RwLock, RwLockReadGuard};
 use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Listener, VhostUserFrontend};
@@ -48,9 +47,6 @@ const MAP_STEP: u64 = 0x1_0000;
 /// How many steps a MAP of the upper half of memory has.
 const STEPS: u64 = MEMORY_SIZE as u64 / 2 / MAP_STEP;
 
-/// Who counts the files of this process takes it alone; who opens some shares it.
-static FILES: RwLock<()> = RwLock::new(());
-
 type Served = JoinHandle<Result<(), vhost_user_backend::Error>>;
 
 struct Bench {
@@ -58,7 +54,6 @@ struct Bench {
     backend: Arc<IommuBackend>,
     machine: Option<Machine>,
     daemon: Served,
-    _files: RwLockReadGuard<'static, ()>,
 }
 
 /// A device with one endpoint, on the model of a host.
@@ -79,11 +74,10 @@ impl Bench {
     }
 
     fn with(boot_bypass: bool, options: BackendOptions) -> Self {
-        let files = FILES.read();
         let (host, backend) = device(boot_bypass, options);
         let (daemon, stream) = serve(&backend);
         let machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
-        Self { host, backend, machine: Some(machine), daemon, _files: files }
+        Self { host, backend, machine: Some(machine), daemon }
     }
 
     fn started() -> Self {

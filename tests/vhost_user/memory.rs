@@ -46,7 +46,6 @@ fn memory_is_out_of_reach_before_the_frontend_is_answered() {
 
     use super::raw::*;
 
-    let _files = FILES.read();
     // How many calls of the host's fail: none, the unmap, and that of the table which is to take the place of the broken one.
     for failing in 0..3 {
         let (memory, leaving, events) = (memfd(SIZE), memfd(SIZE), event());

@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::raw::*;
-use super::*;
+use crate::common::alone::{alone, open_files};
 
 /// What a message is answered with that is in order.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -127,48 +127,49 @@ impl Attempt<'_> {
 /// is kept.
 #[test]
 fn every_message_of_a_wrong_length_or_with_wrong_files_ends_the_connection() {
-    let _alone = FILES.write();
-    let known = known();
-    let memory = memfd(SIZE);
-    let events: Vec<_> = (0..TOO_MANY).map(|_| event()).collect();
-    let before = open_files();
-    for code in (0..=50).chain([0x7fff_ffff, u32::MAX]) {
-        let this = known.iter().find(|known| known.code == code);
-        let right = this.map_or(&[][..], |known| &known.body);
-        let exact = right.len();
-        let mut lengths = vec![0, 1, exact.saturating_sub(1), exact, exact + 1, 4096];
-        lengths.sort_unstable();
-        lengths.dedup();
-        for count in [0, 1, 2, 8, 16, TOO_MANY] {
-            let mut files: Vec<RawFd> = events.iter().take(count).map(AsRawFd::as_raw_fd).collect();
-            if matches!(code, SET_MEM_TABLE | ADD_MEM_REG) {
-                files.fill(memory.as_raw_fd());
-            }
-            for length in &lengths {
-                let mut body = right.to_vec();
-                body.resize(*length, 0);
-                let in_order = this.is_some_and(|known| {
-                    *length == exact && known.files.is_none_or(|files| files == count) && count != TOO_MANY
-                });
-                let is_heard = in_order || (code == CHECK_DEVICE_STATE && count == 0);
-                Attempt {
-                    code,
-                    length: *length as u32,
-                    body: &body,
-                    files: &files,
-                    // The library forgets such a message, and takes what follows for the next.
-                    expected: (count != TOO_MANY).then_some(is_heard),
-                    answer: this.filter(|_| in_order).map(|known| known.answer),
+    alone("messages::every_message_of_a_wrong_length_or_with_wrong_files_ends_the_connection", || {
+        let known = known();
+        let memory = memfd(SIZE);
+        let events: Vec<_> = (0..TOO_MANY).map(|_| event()).collect();
+        let before = open_files();
+        for code in (0..=50).chain([0x7fff_ffff, u32::MAX]) {
+            let this = known.iter().find(|known| known.code == code);
+            let right = this.map_or(&[][..], |known| &known.body);
+            let exact = right.len();
+            let mut lengths = vec![0, 1, exact.saturating_sub(1), exact, exact + 1, 4096];
+            lengths.sort_unstable();
+            lengths.dedup();
+            for count in [0, 1, 2, 8, 16, TOO_MANY] {
+                let mut files: Vec<RawFd> = events.iter().take(count).map(AsRawFd::as_raw_fd).collect();
+                if matches!(code, SET_MEM_TABLE | ADD_MEM_REG) {
+                    files.fill(memory.as_raw_fd());
                 }
-                .check(&memory);
+                for length in &lengths {
+                    let mut body = right.to_vec();
+                    body.resize(*length, 0);
+                    let in_order = this.is_some_and(|known| {
+                        *length == exact && known.files.is_none_or(|files| files == count) && count != TOO_MANY
+                    });
+                    let is_heard = in_order || (code == CHECK_DEVICE_STATE && count == 0);
+                    Attempt {
+                        code,
+                        length: *length as u32,
+                        body: &body,
+                        files: &files,
+                        // The library forgets such a message, and takes what follows for the next.
+                        expected: (count != TOO_MANY).then_some(is_heard),
+                        answer: this.filter(|_| in_order).map(|known| known.answer),
+                    }
+                    .check(&memory);
+                }
+                for length in [exact as u32 + 8, 4097, u32::MAX] {
+                    let expected = (count != TOO_MANY && code != CHECK_DEVICE_STATE).then_some(false);
+                    Attempt { code, length, body: right, files: &files, expected, answer: None }.check(&memory);
+                }
             }
-            for length in [exact as u32 + 8, 4097, u32::MAX] {
-                let expected = (count != TOO_MANY && code != CHECK_DEVICE_STATE).then_some(false);
-                Attempt { code, length, body: right, files: &files, expected, answer: None }.check(&memory);
-            }
+            assert_eq!(open_files(), before, "message {code}");
         }
-        assert_eq!(open_files(), before, "message {code}");
-    }
+    });
 }
 
 /// What a good front end says, message by message, with files.
@@ -200,52 +201,54 @@ fn good_session(memory: RawFd, event: RawFd) -> Vec<(Vec<u8>, Option<RawFd>)> {
 /// A front end that goes after any byte of what it says leaves nothing behind: no file, no thread, no memory to speak of.
 #[test]
 fn a_frontend_may_go_after_any_byte() {
-    let _alone = FILES.write();
-    let (memory, event) = (memfd(SIZE), event());
-    let session = good_session(memory.as_raw_fd(), event.as_raw_fd());
-    let length: usize = session.iter().map(|(bytes, _)| bytes.len()).sum();
-    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
-    let before = (open_files(), threads());
-    for end in 0..=length {
-        let mut victim = Victim::new();
-        let mut left = end;
-        for (bytes, file) in &session {
-            let now = bytes.len().min(left);
-            left -= now;
-            if now != 0 {
-                assert!(victim.frontend.send(&bytes[..now], file.as_slice()), "{end} bytes");
+    alone("messages::a_frontend_may_go_after_any_byte", || {
+        let (memory, event) = (memfd(SIZE), event());
+        let session = good_session(memory.as_raw_fd(), event.as_raw_fd());
+        let length: usize = session.iter().map(|(bytes, _)| bytes.len()).sum();
+        let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+        let before = (open_files(), threads());
+        for end in 0..=length {
+            let mut victim = Victim::new();
+            let mut left = end;
+            for (bytes, file) in &session {
+                let now = bytes.len().min(left);
+                left -= now;
+                if now != 0 {
+                    assert!(victim.frontend.send(&bytes[..now], file.as_slice()), "{end} bytes");
+                }
             }
+            if end == length {
+                // All of it was understood.
+                while victim.frontend.receive().expect("an answer").0 != GET_VRING_BASE {}
+            }
+            victim.end();
         }
-        if end == length {
-            // All of it was understood.
-            while victim.frontend.receive().expect("an answer").0 != GET_VRING_BASE {}
-        }
-        victim.end();
-    }
-    assert_eq!((open_files(), threads()), before);
+        assert_eq!((open_files(), threads()), before);
+    });
 }
 
 /// As many front ends as come one after the other, each with a backend of its own.
 #[test]
 fn a_thousand_connections_leave_nothing_behind() {
-    let _alone = FILES.write();
-    let resident = || {
-        let text = std::fs::read_to_string("/proc/self/statm").unwrap();
-        text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-    };
-    let (memory, event) = (memfd(SIZE), event());
-    let before = open_files();
-    let mut settled = 0;
-    for round in 0..1000 {
-        let mut victim = Victim::ready(&memory);
-        victim.start_ring(&event, &event);
-        assert!(victim.frontend.is_heard());
-        victim.end();
-        if round == 200 {
-            settled = resident();
+    alone("messages::a_thousand_connections_leave_nothing_behind", || {
+        let resident = || {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+        };
+        let (memory, event) = (memfd(SIZE), event());
+        let before = open_files();
+        let mut settled = 0;
+        for round in 0..1000 {
+            let mut victim = Victim::ready(&memory);
+            victim.start_ring(&event, &event);
+            assert!(victim.frontend.is_heard());
+            victim.end();
+            if round == 200 {
+                settled = resident();
+            }
         }
-    }
-    assert_eq!(open_files(), before);
-    let after = resident();
-    assert!(after < settled + 0x80_0000, "{settled:#x} bytes became {after:#x}");
+        assert_eq!(open_files(), before);
+        let after = resident();
+        assert!(after < settled + 0x80_0000, "{settled:#x} bytes became {after:#x}");
+    });
 }

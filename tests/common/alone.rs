@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Set in the process that runs one test alone.
-const ALONE: &str = "HOSTILE_TEST_ALONE";
+const ALONE: &str = "TEST_ALONE";
 
 /// Runs a test in a process of its own, so that memory and files are those of this test only. `name` is the test's own.
 pub fn alone(name: &str, test: impl FnOnce()) {
