@@ -425,6 +425,85 @@ mod tests {
         assert!(table.bytes() / 65536 <= 36, "{}", table.bytes() / 65536);
     }
 
+    fn page(number: u64) -> IovaRange {
+        range(number << 12, (number << 12) | 0xfff)
+    }
+
+    /// How many mappings each leaf has.
+    fn leaves(table: &MappingTable) -> Vec<usize> {
+        table.leaves.iter().map(|entry| entry.leaf.len()).collect()
+    }
+
+    #[test]
+    fn the_next_search_is_likely_to_end_where_the_last_one_did() {
+        let mut table = table(&(0..100).map(|number| page(2 * number)).collect::<Vec<_>>());
+        assert_eq!(leaves(&table), [64, 36]);
+        assert_eq!(table.recent.get(), Place { leaf: 1, behind: 36 });
+        table.at(0x4000);
+        assert_eq!(table.recent.get(), Place { leaf: 0, behind: 3 });
+        // In the leaf that is full, between the two halves, which it goes to the lower one of.
+        table.insert(mapping(page(63), 0, Access::READ));
+        assert_eq!((leaves(&table), table.recent.get()), (vec![33, 32, 36], Place { leaf: 0, behind: 33 }));
+        table.insert(mapping(page(65), 0, Access::READ));
+        assert_eq!((leaves(&table), table.recent.get()), (vec![33, 33, 36], Place { leaf: 1, behind: 2 }));
+        assert!(table.iter().map(|mapping| mapping.iova.start()).is_sorted());
+    }
+
+    #[test]
+    fn leaves_that_lose_most_are_joined_with_a_neighbour() {
+        let full = || table(&(0..192).map(page).collect::<Vec<_>>());
+        let mut table = full();
+        assert_eq!(leaves(&table), [64, 64, 64]);
+        // The middle one becomes sparse, and both neighbours are full.
+        table.remove(range(64 << 12, (114 << 12) - 1));
+        assert_eq!(leaves(&table), [64, 14, 64]);
+        // The next one can take it now, or the one before.
+        table.remove(range(160 << 12, (192 << 12) - 1));
+        assert_eq!(leaves(&table), [64, 14, 32]);
+        table.remove(range(114 << 12, (115 << 12) - 1));
+        assert_eq!(leaves(&table), [64, 45]);
+        let mut table = full();
+        table.remove(range(30 << 12, (64 << 12) - 1));
+        table.remove(range(64 << 12, (114 << 12) - 1));
+        assert_eq!(leaves(&table), [44, 64]);
+        // From the middle of one to the middle of another: both are joined, and what was between them is gone.
+        let mut table = full();
+        table.remove(range(10 << 12, (180 << 12) - 1));
+        assert_eq!(leaves(&table), [22]);
+        assert_eq!(table.len(), 22);
+    }
+
+    #[test]
+    fn memory_for_leaves_is_given_back() {
+        let mut table = table(&(0..64 * 64).map(page).collect::<Vec<_>>());
+        let before = table.leaves.capacity();
+        table.remove(range(16 << 18, (64 << 18) - 1));
+        assert_eq!((table.leaves.len(), table.leaves.capacity()), (16, before), "a quarter is in use");
+        table.remove(range(15 << 18, (16 << 18) - 1));
+        assert_eq!((table.leaves.len(), table.leaves.capacity()), (15, 30));
+    }
+
+    #[test]
+    fn room_is_for_one_mapping_wherever_it_is() {
+        let mut table = MappingTable::default();
+        assert!(!table.has_room());
+        table.make_room().unwrap();
+        assert!(table.has_room());
+        table.insert(mapping(page(0), 0, Access::READ));
+        assert!(!table.has_room(), "its leaf was the spare one");
+        table.make_room().unwrap();
+        table.insert(mapping(page(1), 0, Access::READ));
+        assert!(table.has_room(), "there was room in the leaf");
+        while table.leaves.len() < table.leaves.capacity() {
+            table.make_room().unwrap();
+            table.insert(mapping(page(table.len() as u64), 0, Access::READ));
+        }
+        table.spare = Some(OwnLeaf::default());
+        assert!(!table.has_room(), "the list of leaves is full");
+        table.make_room().unwrap();
+        assert!(table.has_room());
+    }
+
     #[test]
     fn a_mapping_can_grow() {
         let mut table = table(&[range(0x1000, 0x1fff), range(0x8000, 0x8fff)]);

@@ -185,3 +185,106 @@ impl Leaf {
         self.count = to.end;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(number: usize) -> Mapping {
+        let start = number as u64 * SMALLEST_PAGE;
+        let iova = IovaRange::new(start, start + SMALLEST_PAGE - 1).unwrap();
+        Mapping { iova, physical: GuestAddress(start), access: Access::READ }
+    }
+
+    /// A leaf with every other page from one on.
+    fn leaf(from: usize, count: usize) -> Leaf {
+        let mut leaf = Leaf::default();
+        for place in 0..count {
+            leaf.insert(place, page(from + 2 * place));
+        }
+        leaf
+    }
+
+    fn pages(leaf: &Leaf) -> Vec<u64> {
+        leaf.iter().map(|mapping| mapping.iova.start() / SMALLEST_PAGE).collect()
+    }
+
+    #[test]
+    fn sizes() {
+        for count in 0..=CAPACITY {
+            let leaf = leaf(0, count);
+            assert_eq!(leaf.len(), count);
+            assert_eq!((leaf.is_empty(), leaf.is_sparse(), leaf.is_full()), (count == 0, count < 16, count == 64));
+            assert_eq!(leaf.start(count), None);
+            assert_eq!(leaf.last(), count.checked_sub(1).map(|last| page(2 * last)));
+        }
+    }
+
+    #[test]
+    fn what_is_likely_changes_no_count() {
+        let leaf = leaf(1, 5);
+        for address in (0..12).map(|number| number as u64 * SMALLEST_PAGE) {
+            let count = leaf.iter().filter(|mapping| mapping.iova.start() <= address).count();
+            for likely in 0..8 {
+                assert_eq!(leaf.count_up_to(address, likely), count, "{address:#x}, {likely}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_is_put_where_it_belongs() {
+        for behind in 0..=8 {
+            let mut leaf = leaf(1, 8);
+            leaf.insert(behind, page(2 * behind));
+            let mut expected: Vec<u64> = (0..8).map(|place| 2 * place + 1).collect();
+            expected.insert(behind, 2 * behind as u64);
+            assert_eq!(pages(&leaf), expected);
+        }
+    }
+
+    #[test]
+    fn only_the_one_before_is_replaced() {
+        let mut leaf = leaf(0, 3);
+        let grown = Mapping { access: Access::READ_WRITE, ..page(2) };
+        for behind in [0, 1, 3] {
+            assert!(!leaf.replace(behind, grown));
+        }
+        assert!(leaf.replace(2, grown));
+        assert_eq!(leaf.iter().collect::<Vec<_>>(), [page(0), grown, page(4)]);
+    }
+
+    #[test]
+    fn any_are_removed() {
+        for first in 0..6 {
+            for end in first..=6 {
+                let mut leaf = leaf(0, 6);
+                assert_eq!(leaf.remove(first..end), end - first);
+                let mut expected: Vec<u64> = (0..6).map(|place| 2 * place).collect();
+                expected.drain(first..end);
+                assert_eq!(pages(&leaf), expected);
+            }
+        }
+        let mut leaf = leaf(0, 6);
+        assert_eq!(leaf.remove(2..usize::MAX), 4);
+        assert_eq!(pages(&leaf), [0, 2]);
+    }
+
+    #[test]
+    fn the_upper_half_is_split_off_but_for_one_that_comes_last() {
+        for (behind, kept) in [(0, 32), (32, 32), (63, 32), (64, 64)] {
+            let (mut lower, mut upper) = (leaf(0, CAPACITY), Leaf::default());
+            lower.split_off(behind, &mut upper);
+            assert_eq!((lower.len(), upper.len()), (kept, CAPACITY - kept));
+            assert_eq!([pages(&lower), pages(&upper)].concat(), pages(&leaf(0, CAPACITY)));
+        }
+    }
+
+    #[test]
+    fn two_are_joined_that_leave_a_quarter_free() {
+        let mut lower = leaf(0, 10);
+        assert!(!lower.append(&leaf(20, 39)));
+        assert_eq!(pages(&lower), pages(&leaf(0, 10)));
+        assert!(lower.append(&leaf(20, 38)));
+        assert_eq!(pages(&lower), pages(&leaf(0, 48)));
+    }
+}
