@@ -7,6 +7,7 @@ LEAF_FEATURES = acpi fdt serde embed event-manager vhost vhost-user
 
 .PHONY: all install uninstall package msrv reproducible quick demo test check unit model hostvm features conformance bench
 .PHONY: bench-docs felt fuzz fuzz-smoke campaign mutants agreement soak sanitize
+.PHONY: public-api
 
 # Where `make install` puts things, each after DESTDIR. For systemd to find the units: unitdir=/usr/lib/systemd/system
 prefix ?= /usr/local
@@ -138,6 +139,10 @@ mutants:
 CASES ?= 1024
 agreement:
 	@tests/agreement $(CASES)
+
+# The public items are those of docs/public-api.md; needs a nightly compiler and cargo-public-api.
+public-api:
+	@tests/public-api
 
 # The tests that need no host under a sanitizer, SANITIZER=address or thread; needs a nightly compiler with rust-src.
 SANITIZER ?= thread

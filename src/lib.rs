@@ -94,6 +94,7 @@ pub mod fd;
 pub mod host;
 pub mod id;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod launch;
 mod mapping;
 pub mod memory;

@@ -19,10 +19,15 @@ mod registry;
 mod server;
 mod service;
 
+#[doc(hidden)]
 pub use add::AddError;
 pub use client::{Client, ClientError};
+#[doc(hidden)]
 pub use files::{DeviceFile, DeviceFiles, FileError, Keeper, VfioFiles};
+#[doc(hidden)]
 pub use listener::{ListenError, Place, listen};
 pub(crate) use registry::MOST_ENDPOINTS;
+#[doc(hidden)]
 pub use registry::{AssignedDevice, Pluggable, Registry, RemoveError};
+#[doc(hidden)]
 pub use server::{ControlServer, Limits};

@@ -107,6 +107,17 @@ impl Settings {
     }
 }
 
+/// What is offered always.
+// 5.13.3.2: "New devices SHOULD NOT offer VIRTIO_IOMMU_F_BYPASS." MMIO is not offered either: nothing but guest memory can be mapped.
+const FEATURES: u64 = feature::INPUT_RANGE
+    | feature::DOMAIN_RANGE
+    | feature::MAP_UNMAP
+    | feature::PROBE
+    | feature::BYPASS_CONFIG
+    | feature::RING_INDIRECT_DESC
+    | feature::RING_EVENT_IDX
+    | feature::VERSION_1;
+
 /// Endpoints, groups and settings that do not fit each other.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
@@ -228,17 +239,7 @@ impl VirtioIommu {
 
     /// The feature bits to offer.
     pub const fn features(&self) -> u64 {
-        // 5.13.3.2: "New devices SHOULD NOT offer VIRTIO_IOMMU_F_BYPASS." MMIO is not offered either: nothing
-        // but guest memory can be mapped.
-        let offered = feature::INPUT_RANGE
-            | feature::DOMAIN_RANGE
-            | feature::MAP_UNMAP
-            | feature::PROBE
-            | feature::BYPASS_CONFIG
-            | feature::RING_INDIRECT_DESC
-            | feature::RING_EVENT_IDX
-            | feature::VERSION_1;
-        if self.settings.access_platform { offered | feature::ACCESS_PLATFORM } else { offered }
+        if self.settings.access_platform { FEATURES | feature::ACCESS_PLATFORM } else { FEATURES }
     }
 
     /// Takes note of the features that the driver accepted. If `bypass` is 0, endpoints in no domain are blocked from here on

@@ -38,6 +38,7 @@ use crate::memory::{FileMemory, HostMemory};
 use crate::range::{IovaRange, RangeSet};
 
 #[cfg(any(test, feature = "test-utils"))]
+#[doc(hidden)]
 pub mod api;
 #[cfg(not(any(test, feature = "test-utils")))]
 mod api;

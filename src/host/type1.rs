@@ -32,9 +32,11 @@ mod info;
 
 pub use container::Container;
 #[cfg(any(test, feature = "test-utils"))]
+#[doc(hidden)]
 pub use container::ContainerApi;
 #[cfg(not(any(test, feature = "test-utils")))]
 use container::ContainerApi;
+#[doc(hidden)]
 pub use info::{InfoError, Type1Info, parse};
 
 const SET_IOMMU: Opcode = vfio_opcode(2);

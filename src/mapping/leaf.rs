@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn what_is_likely_changes_no_count() {
         let leaf = leaf(1, 5);
-        for address in (0..12).map(|number| number as u64 * SMALLEST_PAGE) {
+        for address in (0..12u64).map(|number| number * SMALLEST_PAGE) {
             let count = leaf.iter().filter(|mapping| mapping.iova.start() <= address).count();
             for likely in 0..8 {
                 assert_eq!(leaf.count_up_to(address, likely), count, "{address:#x}, {likely}");

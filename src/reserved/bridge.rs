@@ -90,6 +90,7 @@ pub fn windows(proc: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>
 /// # Errors
 ///
 /// [`IomemError::Line`]
+#[doc(hidden)]
 pub fn windows_in(text: &str, path: &Path, bridge: HostBridge) -> Result<Option<Vec<IovaRange>>, IomemError> {
     let name = format!("PCI Bus {:04x}:{:02x}", bridge.segment, bridge.bus);
     let mut windows = Vec::new();

@@ -12,6 +12,7 @@ use crate::range::{IovaRange, RangeSet};
 
 /// A PCI host bridge as the device tree describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct BridgeNode {
     /// Its memory windows.
     pub windows: Vec<BridgeWindow>,
@@ -70,6 +71,7 @@ struct Entry {
 }
 
 /// How a property is read, by its path: its bytes, or `NotFound` if the node does not have it.
+#[doc(hidden)]
 pub type ReadProperty<'r> = dyn Fn(&Path) -> io::Result<Vec<u8>> + 'r;
 
 /// Reads the node of a host bridge.
@@ -86,6 +88,7 @@ pub(super) fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
 /// # Errors
 ///
 /// [`DeviceTreeError`]
+#[doc(hidden)]
 pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceTreeError> {
     let is_memory = |entry: &Entry| matches!(entry.space >> 24 & 3, 2 | 3);
     let mut windows = Vec::new();

@@ -15,6 +15,7 @@ use std::str::FromStr;
 use crate::range::{IovaRange, ParseRangeError, RangeSet, parse_address};
 
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod arguments;
 #[cfg(feature = "iommufd")]
 mod bars;
@@ -33,6 +34,7 @@ mod limited;
 pub mod plan;
 mod policy;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod report;
 mod source;
 #[cfg(feature = "iommufd")]

@@ -271,6 +271,7 @@ fn reserved_regions(path: &Path) -> Result<Option<Vec<HostRegion>>, SysfsError> 
 /// # Errors
 ///
 /// [`SysfsError::Region`] names the line; [`SysfsError::Truncated`] if lines may be missing.
+#[doc(hidden)]
 pub fn regions_in(text: &str, path: &Path) -> Result<Vec<HostRegion>, SysfsError> {
     if text.len() > LONGEST_LIST {
         return Err(SysfsError::Truncated { path: path.to_owned() });

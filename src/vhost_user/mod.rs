@@ -36,22 +36,30 @@ mod vring;
 mod watcher;
 
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use activation::ActivationError;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use args::{Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
 pub use daemon::BackendDaemon;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use incoming::IncomingError;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use logging::{LogFormat, start_log};
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use serve::{ServeError, check, serve};
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use setup::SetupError;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use socket::SocketError;
 #[cfg(feature = "daemon")]
 pub(crate) use socket::{bind, make_room};
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use watcher::watch_if_asked;

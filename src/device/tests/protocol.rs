@@ -56,6 +56,15 @@ fn the_status_is_in_the_last_four_bytes_whatever_the_size() {
 }
 
 #[test]
+fn the_page_sizes_are_the_granule_and_those_of_large_pages() {
+    for (granule, mask) in [(0x1000, 0x4020_1000u64), (0x1_0000, 0x4021_0000), (1 << 21, 0x4020_0000)] {
+        let settings = Settings { granule, input_range: range("0-ffffffffffff"), ..settings() };
+        let machine = Machine::with(Flavour::Iommufd, settings);
+        assert_eq!(machine.device.config()[..8], mask.to_le_bytes(), "{granule:#x}");
+    }
+}
+
+#[test]
 fn the_configuration_is_40_little_endian_bytes() {
     let mut machine = Machine::new(Flavour::Iommufd);
     let mut expected = vec![0, 0x10, 0x20, 0x40, 0, 0, 0, 0];
