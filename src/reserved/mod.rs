@@ -14,6 +14,7 @@ use std::str::FromStr;
 
 use crate::range::{IovaRange, ParseRangeError, RangeSet, parse_address};
 
+mod advisory;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod arguments;
