@@ -8,7 +8,7 @@ use super::*;
 use crate::access::Access;
 use crate::host::fake::{Attachment, Failure, FakeHost, FakeMapping, Flavour};
 use crate::host::{HostErrorKind, software::SoftwareGroup};
-use crate::range::RangeSet;
+use crate::range::{IovaRange, RangeSet};
 use crate::reserved::{ReservedKind, ReservedRegion};
 
 mod attaching;
