@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::alone::close;
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -328,7 +329,7 @@ fn whatever_is_no_socket_is_left_alone_and_a_dead_socket_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::create_dir(path("directory")).unwrap();
-    drop(UnixListener::bind(path("dead")).unwrap());
+    close(UnixListener::bind(path("dead")).unwrap(), &path("dead"));
     std::os::unix::fs::symlink(path("dead"), path("link")).unwrap();
     std::os::unix::fs::symlink(path("nowhere"), path("dangling")).unwrap();
     let list = || {

@@ -360,6 +360,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::vhost_user::close;
 
     #[test]
     fn a_daemon_is_waited_for_until_it_is_ready_or_gone() {
@@ -411,7 +412,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let launch = Launch { daemon: "/bin/false".into(), ..launch(Directory::Given(place.path().to_owned())) };
         let socket = place.path().join("iommu.sock");
-        drop(UnixListener::bind(&socket).unwrap());
+        close(UnixListener::bind(&socket).unwrap(), &socket);
         let error = launch.start_daemon(&[String::new()]).unwrap_err();
         assert!(matches!(error, LaunchError::Daemon { .. }), "{error}");
         assert!(!socket.exists());
@@ -458,7 +459,7 @@ mod tests {
         };
         let listener = UnixListener::bind(&socket).unwrap();
         assert!(!waits(), "somebody listens");
-        drop(listener);
+        close(listener, &socket);
         assert!(socket.exists() && waits(), "nobody listens");
     }
 }

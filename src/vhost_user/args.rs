@@ -61,7 +61,8 @@ pub struct Arguments {
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
 
-    /// Number of an inherited Unix stream socket that listens, to be the control socket.
+    /// Number of an inherited Unix stream socket that listens, to be the control socket. A service manager passes it under the name
+    /// `control`.
     #[arg(long, value_name = "FD", conflicts_with = "control_path")]
     pub control_fd: Option<RawFd>,
 

@@ -22,6 +22,9 @@ pub enum IncomingError {
     /// Two sockets are named, and somebody would wait at the other one.
     #[error("the service manager passes a socket, and --socket-path is given: choose one")]
     Both,
+    /// Two control sockets are named.
+    #[error("the service manager passes a control socket, and --control-path or --control-fd is given: choose one")]
+    TwoControls,
     /// What the service manager passes cannot be used.
     #[error(transparent)]
     Activation(#[from] ActivationError),
@@ -67,7 +70,7 @@ impl Source {
                 PassedSocket::Connected(stream) => Self::Connected(stream),
             });
         }
-        match (activation::passed()?, &arguments.socket_path) {
+        match (activation::passed()?.frontend, &arguments.socket_path) {
             (None, None) => Err(IncomingError::None),
             (Some(_), Some(_)) => Err(IncomingError::Both),
             (None, Some(path)) => Ok(Self::Path(path.clone())),

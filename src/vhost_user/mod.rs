@@ -58,6 +58,8 @@ pub use setup::SetupError;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use socket::SocketError;
+#[cfg(all(test, feature = "daemon"))]
+pub(crate) use socket::close;
 #[cfg(feature = "daemon")]
 pub(crate) use socket::{bind, make_room};
 #[cfg(feature = "daemon")]

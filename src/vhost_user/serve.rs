@@ -18,6 +18,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
+use super::activation;
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
 use super::incoming::{Incoming, IncomingError, Source};
@@ -25,7 +26,9 @@ use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
 use super::watcher::Watcher;
-use crate::control::{ControlServer, DeviceFiles, Keeper, Limits, ListenError, Pluggable, Registry, VfioFiles, listen};
+use crate::control::{
+    ControlServer, DeviceFiles, Keeper, Limits, ListenError, Place, Pluggable, Registry, VfioFiles, listen,
+};
 use crate::fd::{AdoptError, adopt_writable};
 use crate::reserved::plan::Plan;
 
@@ -92,6 +95,7 @@ impl ServeError {
 /// What [`serve`] would answer.
 pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
     let (source, _ready) = take_passed(arguments)?;
+    control_place(arguments)?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
     Ok(plan)
@@ -111,7 +115,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     // Before the watcher, which must not hold them.
     let (source, ready) = take_passed(arguments)?;
     let readiness = Readiness::new(ready, ServiceManager::from_environment());
-    let control = arguments.control_place().map(listen).transpose()?;
+    let control = control_place(arguments)?.map(listen).transpose()?;
     let result = serve_controlled(arguments, source, readiness, control);
     if let Some(path) = &arguments.control_path {
         // That it is gone already is no failure.
@@ -125,6 +129,19 @@ fn take_passed(arguments: &Arguments) -> Result<(Source, Option<File>), ServeErr
     let source = Source::find(arguments)?;
     let ready = arguments.ready_fd.map(adopt_writable).transpose().map_err(ServeError::Ready)?;
     Ok((source, ready))
+}
+
+/// Where the control socket is to be, as the arguments or the service manager say. With `--fd` nothing of a service manager's is taken.
+fn control_place(arguments: &Arguments) -> Result<Option<Place<'_>>, ServeError> {
+    if arguments.fd.is_some() {
+        return Ok(arguments.control_place());
+    }
+    let passed = activation::passed().map_err(IncomingError::from)?.control;
+    match (arguments.control_place(), passed) {
+        (Some(_), Some(_)) => Err(IncomingError::TwoControls.into()),
+        (None, passed) => Ok(passed.map(Place::Fd)),
+        (place, None) => Ok(place),
+    }
 }
 
 fn serve_controlled(

@@ -142,6 +142,15 @@ fn bound_socket(line: &[u8]) -> Option<(u32, &Path)> {
     Some((flags?, Path::new(OsStr::from_bytes(rest.strip_prefix(b" ")?))))
 }
 
+/// Closes a socket and waits until nobody listens: a process that another test starts has a copy of every file for a moment.
+#[cfg(test)]
+pub(crate) fn close(listener: UnixListener, path: &Path) {
+    drop(listener);
+    while std::os::unix::net::UnixStream::connect(path).is_ok() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
@@ -157,7 +166,7 @@ mod tests {
         assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "whoever listens was not disturbed");
-        drop(listener);
+        close(listener, &path);
         drop(bind(&path).unwrap());
         let file = directory.path().join("file");
         fs::write(&file, "precious").unwrap();
@@ -184,7 +193,7 @@ mod tests {
         }
         assert!(listener.accept().is_err(), "whoever listens was not disturbed");
         assert!(!is_listened_on(&with_blanks.join("socket")), "a part of a name");
-        drop(listener);
+        close(listener, &path);
         assert!(!is_listened_on(&path));
     }
 

@@ -3,8 +3,11 @@
 //! What tests need that look at their process, or have threads.
 
 use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Set in the process that runs one test alone.
 const ALONE: &str = "TEST_ALONE";
@@ -49,4 +52,12 @@ fn status(field: &str) -> u64 {
 /// How many files this process has open.
 pub fn open_files() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Closes a socket and waits until nobody listens: a process that another test starts has a copy of every file for a moment.
+pub fn close(listener: UnixListener, path: &Path) {
+    drop(listener);
+    while UnixStream::connect(path).is_ok() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

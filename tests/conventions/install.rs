@@ -55,6 +55,7 @@ fn expected(prefix: &str, units: &str) -> BTreeMap<String, u32> {
         (format!("{prefix}/share/qemu/vhost-user/50-vhost-device-iommu.json"), 0o644),
         (format!("{units}/vhost-device-iommu@.service"), 0o644),
         (format!("{units}/vhost-device-iommu@.socket"), 0o644),
+        (format!("{units}/vhost-device-iommu-control@.socket"), 0o644),
     ]);
     for document in ["README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE-APACHE", "LICENSE-BSD"] {
         files.insert(format!("{documents}/{document}"), 0o644);

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
 
+use super::common::alone::close;
 use super::host::Host;
 use super::*;
 
@@ -74,7 +75,7 @@ fn a_check_says_what_a_start_would_and_touches_no_socket() {
     assert!(err.contains("in use by another process"), "{err}");
     assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     // A dead socket could be replaced, and is not.
-    drop(listener);
+    close(listener, &place.socket);
     assert_eq!(check(&[]).code, Some(0));
     assert!(place.socket.exists());
     assert_eq!(Start::with(&["--json"]).option("socket-path", &place.socket).run().code, Some(2));

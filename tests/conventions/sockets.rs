@@ -2,7 +2,7 @@
 
 //! Sockets that are passed.
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
@@ -37,6 +37,45 @@ fn a_service_managers_socket_is_served() {
     serves_a_listener(&Place::new(), Start::with(&[]).script(ACTIVATION));
     // What is said by number is what is meant.
     serves_a_listener(&Place::new(), Start::with(&["--fd=3"]).script(ACTIVATION));
+}
+
+#[test]
+fn a_service_managers_control_socket_is_served() {
+    for (names, is_control_first) in [("vhost-user:control", false), ("control:vhost-user", true)] {
+        let (place, control) = (Place::new(), Place::new());
+        let (first, second) = if is_control_first { (&control, &place) } else { (&place, &control) };
+        let start = Start::with(&[]).third(first.listener()).fourth(second.listener());
+        let start = start.script("export LISTEN_PID=$$ LISTEN_FDS=2;").environment("LISTEN_FDNAMES", names);
+        let daemon = start.start();
+        let mut client = UnixStream::connect(&control.socket).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"{\"version\":1,\"request\":\"list\"}\n").unwrap();
+        let mut answer = String::new();
+        BufReader::new(&client).read_line(&mut answer).unwrap();
+        assert!(answer.contains("\"endpoints\":[]"), "{answer}");
+        drop(use_device(UnixStream::connect(&place.socket).unwrap()));
+        let ended = daemon.end();
+        assert_eq!(ended.code, Some(0), "{}", ended.err);
+    }
+}
+
+#[test]
+fn one_control_socket_is_enough() {
+    let script = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=control;";
+    let place = Place::new();
+    let option = |name, path: PathBuf| format!("--{name}={}", path.display());
+    let (socket, control) =
+        (option("socket-path", place.path("other")), option("control-path", place.path("control/socket")));
+    let listener = place.listener();
+    for options in [&[socket.as_str(), &control][..], &[&socket, &control, "--check"], &[&socket, "--control-fd=3"]] {
+        let Ended { code, err, .. } = Start::with(options).script(script).third(listener.try_clone().unwrap()).run();
+        assert_eq!(code, Some(2), "{err}");
+        assert!(err.contains("passes a control socket") && err.contains("choose one"), "{err}");
+    }
+    // It is no socket for a VMM.
+    let Ended { code, err, .. } = Start::with(&[]).script(script).third(listener).run();
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("there is no socket to serve"), "{err}");
 }
 
 #[test]
