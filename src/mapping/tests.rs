@@ -159,6 +159,12 @@ fn leaves_that_lose_most_are_joined_with_a_neighbour() {
     table.remove(range(30 << 12, (64 << 12) - 1));
     table.remove(range(64 << 12, (114 << 12) - 1));
     assert_eq!(leaves(&table), [44, 64]);
+    // From the middle of one to the end of another, which is gone, as is one that is sparse then.
+    for (end, left) in [(192, vec![40]), (180, vec![40, 12]), (150, vec![40, 42])] {
+        let mut table = full();
+        table.remove(range(40 << 12, (end << 12) - 1));
+        assert_eq!(leaves(&table), left, "{end}");
+    }
     // From the middle of one to the middle of another: both are joined, and what was between them is gone.
     let mut table = full();
     table.remove(range(10 << 12, (180 << 12) - 1));

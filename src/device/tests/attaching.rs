@@ -194,6 +194,36 @@ fn an_endpoint_that_loses_its_domain_to_a_broken_promise_has_an_event_and_leaves
 }
 
 #[test]
+fn a_refused_attach_that_blocks_nobody_has_no_event() {
+    let mut machine = Machine::new(Flavour::Iommufd);
+    assert_eq!(machine.attach(1, LONE), OK);
+    machine.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+    assert_eq!(machine.attach(2, LONE), NOMEM);
+    assert_eq!(machine.device.first_fault(), None, "it is where it was");
+    // Blocked before, and still.
+    let mut machine = Machine::new(Flavour::Iommufd);
+    assert_eq!((machine.attach(1, LEFT), machine.attach(1, RIGHT), machine.attach(2, LEFT)), (OK, OK, OK));
+    assert!(machine.is_blocked(LEFT), "they disagree");
+    machine.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+    assert_eq!(machine.attach(2, RIGHT), NOMEM);
+    assert_eq!(machine.device.first_fault(), None);
+}
+
+#[test]
+fn what_is_reserved_for_an_endpoint_can_be_mapped_when_it_has_left() {
+    let (_host, mut device) = narrow_and_wide();
+    let high = range("8000000000-8000000fff");
+    assert_eq!(send(&mut device, &attach_bytes(1, LONE, 0)), OK);
+    for leave in [attach_bytes(2, LEFT, 0), detach_bytes(1, LEFT)] {
+        assert_eq!(send(&mut device, &attach_bytes(1, LEFT, 0)), OK);
+        assert_eq!(send(&mut device, &map_bytes(1, high, 0, READ)), INVAL);
+        assert_eq!(send(&mut device, &leave), OK);
+        assert_eq!(send(&mut device, &map_bytes(1, high, 0, READ)), OK);
+        assert_eq!(send(&mut device, &unmap_bytes(1, high)), OK);
+    }
+}
+
+#[test]
 fn there_is_a_cap_on_domains() {
     let mut machine = Machine::with(Flavour::Iommufd, Settings { max_domains: 1, ..settings() });
     assert_eq!(machine.attach(1, LONE), OK);

@@ -187,6 +187,18 @@ fn software_endpoints_need_no_host() {
     assert_eq!(send(&map_bytes(1, range("0-fff"), 0, READ)), OK);
 }
 
+#[test]
+fn without_a_host_a_large_map_is_answered_at_once() {
+    let group: Arc<dyn HostGroup> = Arc::new(SoftwareGroup::new(vec![LONE], 0x1000));
+    let mut device = VirtioIommu::new(settings(), vec![(LONE, msi_view())], vec![group]).unwrap();
+    device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 8 * GIB)]).unwrap());
+    let mut tail = [0xaa; 4];
+    assert_eq!(device.handle(&attach_bytes(1, LONE, 0), &mut tail), 4);
+    let progress = device.begin(&large_map(), &mut tail);
+    assert!(matches!(progress, Progress::Answered { used: 4 }), "{progress:?}");
+    assert_eq!(tail, [OK, 0, 0, 0]);
+}
+
 const GIB: u64 = 1 << 30;
 
 /// A machine with eight GiB of memory and an endpoint in domain 1.

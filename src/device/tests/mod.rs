@@ -115,11 +115,7 @@ impl Machine {
     }
 
     fn detach(&mut self, domain: u32, endpoint: EndpointId) -> u8 {
-        let mut bytes = vec![2, 0, 0, 0];
-        bytes.extend(domain.to_le_bytes());
-        bytes.extend(endpoint.0.to_le_bytes());
-        bytes.extend([0; 8]);
-        self.request(&bytes)
+        self.request(&detach_bytes(domain, endpoint))
     }
 
     fn map(&mut self, domain: u32, iova: &str, physical: u64, flags: u32) -> u8 {
@@ -191,6 +187,14 @@ impl Machine {
             assert_eq!(wanted, present);
         }
     }
+}
+
+fn detach_bytes(domain: u32, endpoint: EndpointId) -> Vec<u8> {
+    let mut bytes = vec![2, 0, 0, 0];
+    bytes.extend(domain.to_le_bytes());
+    bytes.extend(endpoint.0.to_le_bytes());
+    bytes.extend([0; 8]);
+    bytes
 }
 
 fn attach_bytes(domain: u32, endpoint: EndpointId, flags: u32) -> Vec<u8> {

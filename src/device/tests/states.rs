@@ -103,6 +103,35 @@ fn a_state_that_no_device_can_be_in_is_refused_before_any_host_is_asked() {
     }
 }
 
+/// The group of [`LONE`] has a hole at 8000-8fff; there is memory up to there.
+fn with_a_hole() -> (FakeHost, VirtioIommu) {
+    let host = FakeHost::new(Flavour::Iommufd);
+    let hole = ReservedRegion { range: range("8000-8fff"), kind: ReservedKind::Reserved };
+    let view = EndpointView::new(vec![hole, msi_view().reported()[0]]).unwrap();
+    let group = host.group(&[LONE], usable().subtract(view.refused()));
+    let mut device = VirtioIommu::new(settings(), vec![(LONE, view)], vec![group]).unwrap();
+    device.set_memory(GuestRam::in_software(&[(GuestAddress(0), 0x8000)]).unwrap());
+    (host, device)
+}
+
+#[test]
+fn an_endpoint_whose_bypass_domain_was_given_memory_that_it_cannot_reach_is_restored_blocked() {
+    let (host, mut device) = with_a_hole();
+    device.set_driver_features(device.features());
+    let mut tail = [0xaa; 4];
+    assert_eq!(device.handle(&attach_bytes(4, LONE, 1), &mut tail), 4);
+    assert_eq!(tail, [OK, 0, 0, 0]);
+    device.set_memory(ram());
+    assert_eq!(host.attachment(LONE), Attachment::Blocked);
+    let state = device.save();
+    assert_eq!(state.domains[0].endpoints, [LONE.0]);
+    let (host, mut device) = with_a_hole();
+    device.set_memory(ram());
+    device.restore(&state).unwrap();
+    assert_eq!(device.save(), state);
+    assert_eq!(host.attachment(LONE), Attachment::Blocked);
+}
+
 #[test]
 fn a_host_that_refuses_a_state_leaves_the_device_reset() {
     let state = busy().device.save();
