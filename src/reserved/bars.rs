@@ -167,5 +167,9 @@ mod tests {
         let device = device("0x1 0x2\n", &[]);
         assert!(bars(device.path()).unwrap_err().to_string().contains("resource"));
         assert_eq!(bars(&device.path().join("nothing")).unwrap(), []);
+        // What is there and cannot be read is not the same as nothing.
+        fs::create_dir_all(device.path().join("other/resource")).unwrap();
+        let error = bars(&device.path().join("other")).unwrap_err();
+        assert!(matches!(error, SysfsError::Read { .. }), "{error}");
     }
 }

@@ -384,4 +384,12 @@ mod tests {
         let second = region("0-fff", ReservedKind::Msi);
         assert_eq!(EndpointView::new(vec![second, msi]), Err(ViewError::SecondMsi));
     }
+
+    #[cfg(feature = "daemon")]
+    #[test]
+    fn devices_that_can_reach_each_other_are_warned_of() {
+        let warning = |acs_isolated| HostFacts { acs_isolated, ..HostFacts::default() }.peer_to_peer_warning();
+        assert!(warning(Some(false)).is_some_and(|text| text.contains("--p2p carve-bars")));
+        assert_eq!((warning(Some(true)), warning(None)), (None, None));
+    }
 }
