@@ -9,6 +9,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -114,18 +115,42 @@ impl FakeHost {
 
     /// Adds a group whose devices can use these addresses.
     pub fn group(&self, members: &[EndpointId], usable: RangeSet) -> Arc<dyn HostGroup> {
+        self.group_with(members, usable, Vec::new())
+    }
+
+    fn group_with(
+        &self,
+        members: &[EndpointId],
+        usable: RangeSet,
+        files: Vec<(EndpointId, OwnedFd)>,
+    ) -> Arc<dyn HostGroup> {
         let mut state = self.lock();
         state.groups.push(GroupState { members: members.to_vec(), usable, attachment: Attachment::AsFound });
         let index = state.groups.len() - 1;
-        Arc::new(FakeGroup { host: self.clone(), members: members.to_vec(), index })
+        Arc::new(FakeGroup { host: self.clone(), members: members.to_vec(), index, files: Mutex::new(files) })
     }
 
     /// Adds a group of endpoints that were in another one, which is gone.
     pub fn regroup(&self, members: &[EndpointId], usable: RangeSet) -> Arc<dyn HostGroup> {
+        self.regroup_with(members, usable, Vec::new())
+    }
+
+    /// The same, with a file of each of them, which the group has until that endpoint is released.
+    pub fn regroup_by_files(&self, devices: Vec<(EndpointId, OwnedFd)>, usable: RangeSet) -> Arc<dyn HostGroup> {
+        let members: Vec<EndpointId> = devices.iter().map(|(id, _)| *id).collect();
+        self.regroup_with(&members, usable, devices)
+    }
+
+    fn regroup_with(
+        &self,
+        members: &[EndpointId],
+        usable: RangeSet,
+        files: Vec<(EndpointId, OwnedFd)>,
+    ) -> Arc<dyn HostGroup> {
         for group in &mut self.lock().groups {
             group.members.retain(|member| !members.contains(member));
         }
-        self.group(members, usable)
+        self.group_with(members, usable, files)
     }
 
     /// The members whose files were closed, in that order.
@@ -265,6 +290,7 @@ struct FakeGroup {
     host: FakeHost,
     members: Vec<EndpointId>,
     index: usize,
+    files: Mutex<Vec<(EndpointId, OwnedFd)>>,
 }
 
 impl FakeGroup {
@@ -323,6 +349,7 @@ impl HostGroup for FakeGroup {
 
     fn release(&self, member: EndpointId) {
         self.host.lock().released.push(member);
+        self.files.lock().expect("the model does not panic under its lock").retain(|(id, _)| *id != member);
     }
 }
 

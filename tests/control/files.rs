@@ -12,9 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use virtio_iommu::control::{DeviceFile, DeviceFiles, FileError, Keeper};
+use virtio_iommu::host::HostGroup;
 use virtio_iommu::host::fake::FakeHost;
-use virtio_iommu::host::{AttachError, HostError, HostGroup, IoPageTable};
-use virtio_iommu::id::EndpointId;
 use virtio_iommu::range::RangeSet;
 
 /// How long other processes may take to let files go.
@@ -82,45 +81,9 @@ impl DeviceFiles for PipeFiles {
     }
 
     fn group(&self, devices: Vec<DeviceFile>) -> Result<Arc<dyn HostGroup>, FileError> {
-        let members: Vec<EndpointId> = devices.iter().map(|(id, ..)| *id).collect();
-        // Endpoints may have been there before.
-        let inner = self.host.regroup(&members, self.usable.clone());
-        let files = devices.into_iter().map(|(id, file, _)| (id, file)).collect();
-        Ok(Arc::new(PipeGroup { inner, files: Mutex::new(files) }))
-    }
-}
-
-/// A group of the model that holds files.
-#[derive(Debug)]
-struct PipeGroup {
-    inner: Arc<dyn HostGroup>,
-    files: Mutex<Vec<(EndpointId, OwnedFd)>>,
-}
-
-impl HostGroup for PipeGroup {
-    fn members(&self) -> &[EndpointId] {
-        self.inner.members()
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        self.inner.new_table()
-    }
-
-    fn can_share(&self, table: &dyn IoPageTable) -> bool {
-        self.inner.can_share(table)
-    }
-
-    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        self.inner.attach(table)
-    }
-
-    fn block(&self) {
-        self.inner.block();
-    }
-
-    fn release(&self, member: EndpointId) {
-        self.inner.release(member);
-        self.files.lock().unwrap().retain(|(id, _)| *id != member);
+        Ok(self
+            .host
+            .regroup_by_files(devices.into_iter().map(|(id, file, _)| (id, file)).collect(), self.usable.clone()))
     }
 }
 

@@ -21,8 +21,8 @@ use virtio_iommu::control::{
     AssignedDevice, ControlServer, DeviceFile, DeviceFiles, FileError, Keeper, Limits, Pluggable, Registry,
 };
 use virtio_iommu::device::{Settings, VirtioIommu};
+use virtio_iommu::host::HostGroup;
 use virtio_iommu::host::fake::{FakeHost, Flavour};
-use virtio_iommu::host::{AttachError, HostError, HostGroup, IoPageTable};
 use virtio_iommu::id::EndpointId;
 use virtio_iommu::queue::Polling;
 use virtio_iommu::range::RangeSet;
@@ -78,44 +78,7 @@ impl DeviceFiles for Pipes {
     }
 
     fn group(&self, devices: Vec<DeviceFile>) -> Result<Arc<dyn HostGroup>, FileError> {
-        let members: Vec<EndpointId> = devices.iter().map(|(id, ..)| *id).collect();
-        let inner = self.0.regroup(&members, usable());
-        let files = Mutex::new(devices.into_iter().map(|(id, file, _)| (id, file)).collect());
-        Ok(Arc::new(PipeGroup { inner, files }))
-    }
-}
-
-/// A group of the model that holds files.
-#[derive(Debug)]
-struct PipeGroup {
-    inner: Arc<dyn HostGroup>,
-    files: Mutex<Vec<(EndpointId, OwnedFd)>>,
-}
-
-impl HostGroup for PipeGroup {
-    fn members(&self) -> &[EndpointId] {
-        self.inner.members()
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        self.inner.new_table()
-    }
-
-    fn can_share(&self, table: &dyn IoPageTable) -> bool {
-        self.inner.can_share(table)
-    }
-
-    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        self.inner.attach(table)
-    }
-
-    fn block(&self) {
-        self.inner.block();
-    }
-
-    fn release(&self, member: EndpointId) {
-        self.inner.release(member);
-        self.files.lock().unwrap_or_else(PoisonError::into_inner).retain(|(id, _)| *id != member);
+        Ok(self.0.regroup_by_files(devices.into_iter().map(|(id, file, _)| (id, file)).collect(), usable()))
     }
 }
 
