@@ -133,6 +133,20 @@ fn an_endpoint_whose_bypass_domain_was_given_memory_that_it_cannot_reach_is_rest
 }
 
 #[test]
+fn memory_that_had_left_may_have_been_anywhere() {
+    let mut state = busy().device.save();
+    let top = u64::MAX - 0xfff;
+    assert_eq!(state.domains[2].mappings[1].physical, RAM_SIZE / 2, "it has left");
+    state.domains[2].mappings[1].physical = top;
+    let mut other = new();
+    other.device.restore(&state).unwrap();
+    assert_eq!(other.device.save(), state);
+    state.domains[2].mappings[1].physical = top + 0x1000 / 2;
+    let error = new().device.restore(&state).unwrap_err();
+    assert!(matches!(error, RestoreError::Mapping { status: Status::Range, .. }), "{error}");
+}
+
+#[test]
 fn a_host_that_refuses_a_state_leaves_the_device_reset() {
     let state = busy().device.save();
     let calls = {
