@@ -2,6 +2,7 @@
 
 //! One thread that serves all clients, and waits for none of them.
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,6 +19,10 @@ use super::connection::{Connection, Outcome};
 use super::protocol::{RefusalKind, Reply, read_request};
 use super::registry::Registry;
 use super::service::Service;
+use crate::vhost_user::{Pass, Throttle};
+
+/// How long is waited for files or memory.
+const SHORTAGE: Duration = Duration::from_millis(100);
 
 /// What clients may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,7 @@ pub struct ControlServer {
     clients: Vec<Connection>,
     /// Is written when there are faults.
     faults: Arc<OwnedFd>,
+    throttle: Throttle,
 }
 
 impl ControlServer {
@@ -62,7 +68,14 @@ impl ControlServer {
         if !registry.backend.on_faults(tell) {
             return Err(io::Error::other("there is a control socket already"));
         }
-        Ok(Self { listener, service: Service::new(registry), limits, clients: Vec::new(), faults })
+        Ok(Self {
+            listener,
+            service: Service::new(registry),
+            limits,
+            clients: Vec::new(),
+            faults,
+            throttle: Throttle::new(Instant::now()),
+        })
     }
 
     /// Serves clients for ever: until the process ends, or the socket fails.
@@ -99,6 +112,16 @@ impl ControlServer {
         Ok(())
     }
 
+    /// Warns of what clients do, but not as often as they like.
+    fn warn(&mut self, text: fmt::Arguments<'_>) {
+        if let Pass::Yes { held_back } = self.throttle.ask(Instant::now()) {
+            if held_back > 0 {
+                warn!("{held_back} messages about clients of the control socket were held back");
+            }
+            warn!("{text}");
+        }
+    }
+
     fn wait(&self, deadline: Option<Instant>) -> io::Result<Ready> {
         let wanted = |client: &Connection| if client.has_output() { PollFlags::OUT } else { PollFlags::IN };
         let clients = self.clients.iter().map(|client| PollFd::from_borrowed_fd(client.socket(), wanted(client)));
@@ -110,6 +133,7 @@ impl ControlServer {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match poll(&mut waiting, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => (),
+            Err(Errno::NOMEM) => std::thread::sleep(SHORTAGE),
             Err(errno) => return Err(errno.into()),
         }
         let mut events = waiting.iter().map(PollFd::revents);
@@ -123,7 +147,9 @@ impl ControlServer {
         if can.intersects(PollFlags::ERR) {
             return Outcome::Ends;
         }
-        if !client.has_output() && can.intersects(PollFlags::IN | PollFlags::HUP) && client.read(now) == Outcome::Ends {
+        // What came together with the line before is answered before it is seen that nothing more comes.
+        let reads = !client.has_output() && !client.has_line();
+        if reads && can.intersects(PollFlags::IN | PollFlags::HUP) && client.read(now) == Outcome::Ends {
             return Outcome::Ends;
         }
         if let Some((line, files)) = client.next_line(now) {
@@ -150,7 +176,7 @@ impl ControlServer {
         }
         match client.deadline(self.limits.patience) {
             Some(deadline) if deadline <= now => {
-                warn!("a client of the control socket was too slow");
+                self.warn(format_args!("a client of the control socket was too slow"));
                 Outcome::Ends
             }
             _ => Outcome::Stays,
@@ -174,10 +200,13 @@ impl ControlServer {
                 return Ok(());
             }
             Err(error)
-                if matches!(error.raw_os_error().map(Errno::from_raw_os_error), Some(Errno::MFILE | Errno::NFILE)) =>
+                if matches!(
+                    error.raw_os_error().map(Errno::from_raw_os_error),
+                    Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
+                ) =>
             {
-                warn!("a client of the control socket cannot be served: {error}");
-                std::thread::sleep(Duration::from_millis(100));
+                self.warn(format_args!("a client of the control socket cannot be served: {error}"));
+                std::thread::sleep(SHORTAGE);
                 return Ok(());
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
@@ -186,7 +215,7 @@ impl ControlServer {
         let may = may_ask(&stream);
         let Ok(mut client) = Connection::new(stream) else { return Ok(()) };
         if let Err(refusal) = may {
-            warn!("a client of the control socket was refused: {refusal}");
+            self.warn(format_args!("a client of the control socket was refused: {refusal}"));
             client.refuse(RefusalKind::NotPermitted, refusal, now);
         } else if self.clients.len() >= self.limits.clients {
             let text = format!("there are {} clients already: end one of them, or try later", self.clients.len());

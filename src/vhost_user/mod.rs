@@ -63,5 +63,7 @@ pub(crate) use socket::close;
 #[cfg(feature = "daemon")]
 pub(crate) use socket::{bind, make_room};
 #[cfg(feature = "daemon")]
+pub(crate) use throttle::{Pass, Throttle};
+#[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use watcher::watch_if_asked;

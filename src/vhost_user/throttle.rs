@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A limit on what a guest or a frontend can make the daemon log.
+//! A limit on what a guest, a frontend or a client of the control socket can make the daemon log.
 
 use std::time::{Duration, Instant};
 
 /// Lets so many lines pass in a second and counts the others.
 #[derive(Debug)]
-pub(super) struct Throttle {
+pub(crate) struct Throttle {
     since: Instant,
     passed: u32,
     held_back: u64,
@@ -14,7 +14,7 @@ pub(super) struct Throttle {
 
 /// Whether a line may be logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
+pub(crate) enum Pass {
     /// Yes; so many were not since the last time.
     Yes {
         held_back: u64,

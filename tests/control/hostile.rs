@@ -105,6 +105,19 @@ fn a_client_that_does_not_read_is_closed() {
 }
 
 #[test]
+fn what_came_before_the_clients_end_is_answered() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let line = b"{\"version\":1,\"request\":\"list\"}\n";
+    client.write(&line.repeat(5));
+    client.stream.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    for _ in 0..5 {
+        assert!(client.next().expect("an answer")["endpoints"].is_array());
+    }
+    assert!(client.next().is_none());
+}
+
+#[test]
 fn clients_are_counted() {
     let bench = Bench::with(HURRY, &[]);
     let mut clients: Vec<Client> = (0..4).map(|_| bench.client()).collect();
