@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::geteuid;
 
 use crate::fd::{AdoptError, adopt_listener};
-use crate::vhost_user::{SocketError, bind};
+use crate::vhost_user::{SocketError, bind, examine as examine_socket};
 
 /// A control socket that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +66,11 @@ pub enum Place<'a> {
 pub fn listen(place: Place<'_>) -> Result<UnixListener, ListenError> {
     match place {
         Place::Path(path) => {
-            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let directory = directory_of(path);
+            match DirBuilder::new().mode(0o700).create(directory) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+                result => result.map_err(|source| ListenError::Io { path: directory.to_owned(), source })?,
+            }
             check_directory(directory)?;
             Ok(bind(path)?)
         }
@@ -74,13 +78,34 @@ pub fn listen(place: Place<'_>) -> Result<UnixListener, ListenError> {
     }
 }
 
+/// What [`listen`] would answer, as far as looking tells. Nothing is made; a file that was passed is taken over.
+///
+/// # Errors
+///
+/// [`ListenError`]
+pub fn examine(place: Place<'_>) -> Result<(), ListenError> {
+    match place {
+        Place::Path(path) => {
+            let directory = directory_of(path);
+            if directory.exists() {
+                check_directory(directory)?;
+                return Ok(examine_socket(path)?);
+            }
+            // Only its last part would be made.
+            let above = fs::metadata(directory_of(directory));
+            above.map(drop).map_err(|source| ListenError::Io { path: directory.to_owned(), source })
+        }
+        Place::Fd(number) => Ok(adopt_listener(number).map(drop)?),
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Makes sure that nobody else can rename or replace what is in a directory.
 fn check_directory(directory: &Path) -> Result<(), ListenError> {
     let failed = |source| ListenError::Io { path: directory.to_owned(), source };
-    match DirBuilder::new().mode(0o700).create(directory) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
-        result => result.map_err(failed)?,
-    }
     let metadata = fs::metadata(directory).map_err(failed)?;
     let is_own = metadata.uid() == geteuid().as_raw() || metadata.uid() == 0;
     if !is_own || metadata.mode() & 0o022 != 0 {

@@ -25,7 +25,7 @@ pub use client::{Client, ClientError};
 #[doc(hidden)]
 pub use files::{DeviceFile, DeviceFiles, FileError, Keeper, VfioFiles};
 #[doc(hidden)]
-pub use listener::{ListenError, Place, listen};
+pub use listener::{ListenError, Place, examine, listen};
 pub(crate) use registry::MOST_ENDPOINTS;
 #[doc(hidden)]
 pub use registry::{AssignedDevice, Pluggable, Registry, RemoveError};

@@ -61,7 +61,7 @@ pub use socket::SocketError;
 #[cfg(all(test, feature = "daemon"))]
 pub(crate) use socket::close;
 #[cfg(feature = "daemon")]
-pub(crate) use socket::{bind, make_room};
+pub(crate) use socket::{bind, examine, make_room};
 #[cfg(feature = "daemon")]
 pub(crate) use throttle::{Pass, Throttle};
 #[cfg(feature = "daemon")]

@@ -27,7 +27,7 @@ use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
 use super::watcher::Watcher;
 use crate::control::{
-    ControlServer, DeviceFiles, Keeper, Limits, ListenError, Place, Pluggable, Registry, VfioFiles, listen,
+    ControlServer, DeviceFiles, Keeper, Limits, ListenError, Place, Pluggable, Registry, VfioFiles, examine, listen,
 };
 use crate::fd::{AdoptError, adopt_writable};
 use crate::reserved::plan::Plan;
@@ -95,7 +95,7 @@ impl ServeError {
 /// What [`serve`] would answer.
 pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
     let (source, _ready) = take_passed(arguments)?;
-    control_place(arguments)?;
+    control_place(arguments)?.map(examine).transpose()?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
     Ok(plan)

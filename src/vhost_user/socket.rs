@@ -46,7 +46,7 @@ enum Place {
 /// # Errors
 ///
 /// [`SocketError`]
-pub(super) fn examine(path: &Path) -> Result<(), SocketError> {
+pub(crate) fn examine(path: &Path) -> Result<(), SocketError> {
     look(path).map(drop)
 }
 

@@ -165,13 +165,25 @@ fn a_control_socket_that_cannot_be_had_is_said_before_anything_is_done() {
         (vec!["--control-fd=1".to_owned()], 2, "standard input"),
         (vec!["--control-fd=5".to_owned(), option("socket")], 2, "cannot be used with"),
     ] {
-        let mut command = Command::new(DAEMON);
-        command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(path("socket")).args(&options);
-        let (found, said) = run(&mut command);
-        assert_eq!(found, code, "{options:?}: {said}");
-        assert!(said.contains(text), "{options:?}: {said}");
-        assert!(!path("socket").exists());
+        for check in [&[][..], &["--check"]] {
+            let mut command = Command::new(DAEMON);
+            command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(path("socket")).args(&options).args(check);
+            let (found, said) = run(&mut command);
+            assert_eq!(found, code, "{options:?}: {said}");
+            assert!(said.contains(text), "{options:?}: {said}");
+            assert!(!path("socket").exists());
+        }
     }
+    // One that can be had is not made by a check.
+    let mut command = Command::new(DAEMON);
+    command
+        .arg("--input-range=0-ffffffff")
+        .arg("--socket-path")
+        .arg(path("socket"))
+        .arg(option("new/control"))
+        .arg("--check");
+    assert_eq!(run(&mut command).0, 0);
+    assert!(!path("new").exists());
     assert_eq!(fs::read_to_string(path("file")).unwrap(), "precious");
     assert!(path("live").exists(), "a socket of somebody else's is left alone");
 }
