@@ -64,6 +64,7 @@
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
 //! | [`vhost_user`] | the device behind a vhost-user connection; the daemon | `vhost-user`; `daemon` |
 //! | [`control`] | what an operator asks and changes while a guest runs: the daemon's control socket | `daemon` |
+//! | [`sandbox`] | what the daemon gives up before it serves | `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
 //! # Threats
@@ -102,6 +103,8 @@ pub mod queue;
 pub mod range;
 pub mod request;
 pub mod reserved;
+#[cfg(feature = "daemon")]
+pub mod sandbox;
 pub mod spec;
 #[cfg(any(feature = "acpi", feature = "fdt"))]
 pub mod topology;
