@@ -79,7 +79,8 @@
 //! iommufd; the daemon has a watcher that detaches the devices then, unless it is killed too. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
 //! a guest has no interrupt remapping behind this device: an assigned device can send interrupts that its driver did not
 //! set up. A vhost-user frontend whose notification file blocks at the moment it is passed can hold up the connection's thread:
-//! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM.
+//! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM. The daemon gives up what it has no use
+//! for before it listens to a frontend ([`sandbox`], feature `daemon`); a VMM that embeds the device has a sandbox of its own.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
