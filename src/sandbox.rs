@@ -27,7 +27,7 @@ pub(crate) use calls::ThreadKind;
 pub(crate) use cut_off::end_at_missing_memory;
 
 /// How long a thread may take to confine itself.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What becomes of a thread that makes a call which is not in its list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

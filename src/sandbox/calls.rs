@@ -67,10 +67,18 @@ const fn ioctl(requests: &'static [u32]) -> Call {
     one_of(libc::SYS_ioctl, 1, requests)
 }
 
-/// What glibc tries and does without: a new thread by `clone3`, whose flags a filter cannot see (`clone`, which it takes instead, has
-/// them in an argument); and files that it reads, such as `/proc/sys/vm/overcommit_memory` when the allocator gives memory back
-/// (malloc/arena.c). They are answered with ENOSYS, if they are in the thread's list, and nothing is opened.
-pub(super) const NOT_THERE: &[Call] = &[any(libc::SYS_clone3), OPEN_TO_READ];
+/// What glibc and Rust's runtime try and do without: a new thread by `clone3`, whose flags a filter cannot see (`clone`, which glibc takes
+/// instead, has them in an argument); files that are read, such as `/proc/sys/vm/overcommit_memory` when the allocator gives memory back
+/// (malloc/arena.c), or this program's for the trace of a panic. They are answered with ENOSYS, if they are in the thread's list, and
+/// nothing is done.
+pub(super) const NOT_THERE: &[Call] = &[
+    any(libc::SYS_clone3),
+    any(libc::SYS_getcwd),
+    OPEN_TO_READ,
+    #[cfg(target_arch = "x86_64")]
+    any(libc::SYS_readlink),
+    any(libc::SYS_readlinkat),
+];
 
 const OPEN_TO_READ: Call = without(libc::SYS_openat, 2, libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | libc::O_PATH);
 
@@ -88,6 +96,7 @@ const EVERY: &[Call] = &[
     // Rust's runtime in builds with debug assertions: whether what it closes is open.
     fcntl(&[libc::F_GETFD.cast_unsigned()]),
     any(libc::SYS_futex),
+    any(libc::SYS_getcwd),
     any(libc::SYS_getpid),
     // Each thread's first hash map.
     any(libc::SYS_getrandom),
@@ -104,6 +113,9 @@ const EVERY: &[Call] = &[
     any(libc::SYS_ppoll),
     one_of(libc::SYS_prctl, 0, &[PR_SET_VMA]),
     any(libc::SYS_read),
+    #[cfg(target_arch = "x86_64")]
+    any(libc::SYS_readlink),
+    any(libc::SYS_readlinkat),
     any(libc::SYS_recvfrom),
     any(libc::SYS_restart_syscall),
     // Rust's runtime, before the signal of a bad access ends the process.
@@ -227,5 +239,40 @@ impl ThreadKind {
             Self::Watcher => &[EVERY, WATCHER],
         };
         parts.iter().flat_map(|part| part.iter()).collect::<Vec<_>>().into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [ThreadKind; 7] = [
+        ThreadKind::Main,
+        ThreadKind::Connection,
+        ThreadKind::Rings,
+        ThreadKind::Relay,
+        ThreadKind::Control,
+        ThreadKind::Nodes,
+        ThreadKind::Watcher,
+    ];
+
+    /// One of them would be lost.
+    #[test]
+    fn no_list_has_a_call_with_and_without_a_condition() {
+        for kind in KINDS {
+            let is_any = |call: &&Call| matches!(call.only, Only::Any);
+            let same = |call: &&Call, other: &Call| call.number == other.number && !matches!(other.only, Only::Any);
+            let twice = kind.calls().filter(is_any).find(|call| kind.calls().any(|other| same(call, other)));
+            assert!(twice.is_none(), "{kind:?}: {twice:?}");
+        }
+    }
+
+    #[test]
+    fn every_list_makes_a_filter() {
+        for kind in KINDS {
+            // In a thread that ends with it.
+            let confine = move || super::super::seccomp::give_up(super::super::SeccompMode::Kill, kind);
+            std::thread::spawn(confine).join().unwrap().unwrap();
+        }
     }
 }

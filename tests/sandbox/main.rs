@@ -232,7 +232,7 @@ fn what_landlock_gives_up_stays_given_up_without_seccomp() {
             let arguments = arguments(thread.put(bytes));
             assert_eq!(thread.call(number, arguments), Outcome::Returned(-i64::from(errno)), "{name}: {what}");
         };
-        let here = libc::AT_FDCWD as u64;
+        let here = i64::from(libc::AT_FDCWD).cast_unsigned();
         refused("read", libc::SYS_openat, &|path| [here, path, 0, 0, 0, 0], b"/etc/passwd", libc::EACCES);
         refused("list", libc::SYS_openat, &|path| [here, path, 0o200_000, 0, 0, 0], b"/", libc::EACCES);
         refused("create", libc::SYS_openat, &|path| [here, path, 0o102, 0, 0, 0], &new, libc::EACCES);
