@@ -2,6 +2,8 @@
 
 //! Threads of another process that are made to make calls which their program never makes. x86-64 only.
 
+use std::time::Duration;
+
 use nix::libc::user_regs_struct;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -32,15 +34,21 @@ pub struct Stopped {
 }
 
 impl Stopped {
-    /// Stops a thread of a process that this one may trace.
+    /// Stops a thread of a process that this one may trace, when it waits in a call.
     pub fn new(thread: Pid) -> Self {
-        ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
-        ptrace::interrupt(thread).unwrap();
-        let status = wait(thread);
-        assert!(matches!(status, WaitStatus::PtraceEvent(..)), "{status:?}");
-        let registers = ptrace::getregs(thread).unwrap();
-        assert!(registers.orig_rax.cast_signed() >= 0, "the thread does not wait in a call");
-        Self { thread, registers, is_dead: false }
+        for _ in 0..1000 {
+            ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).unwrap();
+            ptrace::interrupt(thread).unwrap();
+            let status = wait(thread);
+            assert!(matches!(status, WaitStatus::PtraceEvent(..)), "{status:?}");
+            let registers = ptrace::getregs(thread).unwrap();
+            if registers.orig_rax.cast_signed() >= 0 {
+                return Self { thread, registers, is_dead: false };
+            }
+            ptrace::detach(thread, None).unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("the thread does not wait in any call");
     }
 
     /// Puts bytes, and zeros after them, where the thread's stack is not used.

@@ -75,8 +75,13 @@ fn a_daemon_that_is_killed_before_a_frontend_came_leaves_its_devices_nothing() {
 
 /// The watcher of a daemon.
 fn watcher_of(daemon: u32) -> u32 {
-    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
-    children.trim().parse().unwrap()
+    let is_child = |process: &u32| {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        status.lines().any(|line| line == format!("PPid:\t{daemon}"))
+    };
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.find(is_child).unwrap()
 }
 
 #[test]
