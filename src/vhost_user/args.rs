@@ -17,6 +17,9 @@ use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
 use crate::sandbox::SeccompMode;
 
+/// What `--sandbox` is if nobody says. The runtime of a sanitizer has a thread and files of its own.
+const SANDBOX: &str = if cfg!(sanitized) { "off" } else { "on" };
+
 /// A virtio-iommu device as a vhost-user backend.
 ///
 /// The host IOMMU's true reserved regions are reported to the guest, per endpoint; the guest's mappings are carried into
@@ -125,7 +128,7 @@ pub struct Arguments {
     /// Whether to give up, before the frontend is listened to, all that is not needed to serve it: capabilities (but `CAP_IPC_LOCK`),
     /// files and network (Landlock, where the kernel has it), and calls of the kernel (--seccomp). A process that cannot do so does not
     /// start. With `off` nothing is given up.
-    #[arg(long, value_name = "on|off", default_value = "on")]
+    #[arg(long, value_name = "on|off", default_value = SANDBOX)]
     pub sandbox: OnOff,
 
     /// What becomes of a call of the kernel that is not needed: `kill` ends the process, whose devices are then taken off its mappings;

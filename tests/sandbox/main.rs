@@ -2,7 +2,7 @@
 
 //! What the daemon gives up before it listens to a frontend: seen from outside, and tried by threads of the daemon's itself.
 
-#![cfg(target_arch = "x86_64")]
+#![cfg(all(target_arch = "x86_64", not(sanitized)))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 #[path = "../common/mod.rs"]
