@@ -4,8 +4,8 @@
 //! of the kernel but those that each of its threads has a use for.
 //!
 //! Everything that is to be worked on is open by then, or comes as an open file later. What holds for the whole process
-//! ([`Sandbox::enter`]) is given up while there is one thread, and every later thread inherits it; then each thread has its own list of
-//! calls ([`ThreadKind`]).
+//! is given up while there is one thread, and every later thread inherits it; then each thread has its own list of
+//! calls.
 
 use std::io;
 use std::path::PathBuf;

@@ -455,13 +455,8 @@ impl VhostUserBackend for IommuBackend {
         }
         let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
         #[cfg(feature = "daemon")]
-        if !self.looked_at_seals.swap(offered.num_regions() > 0, Ordering::Relaxed)
-            && let Some(start) = super::seals::unsealed(&offered)
-        {
-            info!(
-                "guest memory at {start:#x} is not sealed with F_SEAL_SHRINK: if whoever has its file makes it shorter, this process \
-                 ends with 3, and DMA of the devices is refused"
-            );
+        if !self.looked_at_seals.swap(offered.num_regions() > 0, Ordering::Relaxed) {
+            super::seals::say_if_unsealed(&offered);
         }
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.

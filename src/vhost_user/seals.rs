@@ -2,12 +2,23 @@
 
 //! Whether guest memory can be cut off by whoever else has its file.
 
+use log::info;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+/// Says what happens if guest memory is cut off, unless it cannot be.
+pub(super) fn say_if_unsealed(memory: &GuestMemoryMmap) {
+    if let Some(start) = unsealed(memory) {
+        info!(
+            "guest memory at {start:#x} is not sealed with F_SEAL_SHRINK: if whoever has its file makes it shorter, this process ends \
+             with 3, and DMA of the devices is refused"
+        );
+    }
+}
+
 /// The guest-physical address of a region whose file can become shorter: of files that can be sealed at all (memory of tmpfs and
 /// hugetlbfs) one that is not sealed against it, and every other file.
-pub(super) fn unsealed(memory: &GuestMemoryMmap) -> Option<u64> {
+fn unsealed(memory: &GuestMemoryMmap) -> Option<u64> {
     let is_sealed = |seals: SealFlags| seals.contains(SealFlags::SHRINK);
     let region = memory.iter().find(|region| {
         let place = region.file_offset();
