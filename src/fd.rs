@@ -6,7 +6,7 @@
 mod kind;
 
 #[cfg(any(feature = "iommufd", feature = "type1"))]
-pub use kind::{FileKind, VfioMajor, WrongFile};
+pub use kind::{DeviceNumbers, FileKind, VfioMajor, WrongFile};
 #[cfg(feature = "daemon")]
 pub use passed::AdoptError;
 #[cfg(feature = "daemon")]

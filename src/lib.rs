@@ -64,6 +64,7 @@
 //! | [`topology`] | telling the guest which devices are behind the IOMMU | `acpi`, `fdt` |
 //! | [`vhost_user`] | the device behind a vhost-user connection; the daemon | `vhost-user`; `daemon` |
 //! | [`control`] | what an operator asks and changes while a guest runs: the daemon's control socket | `daemon` |
+//! | [`sandbox`] | what the daemon gives up before it serves | `daemon` |
 //! | [`launch`] | looking at a host, starting QEMU and the daemon together | `daemon` |
 //!
 //! # Threats
@@ -78,7 +79,8 @@
 //! iommufd; the daemon has a watcher that detaches the devices then, unless it is killed too. An endpoint that is detached while a sibling of its host group stays reaches what the sibling reaches. On x86
 //! a guest has no interrupt remapping behind this device: an assigned device can send interrupts that its driver did not
 //! set up. A vhost-user frontend whose notification file blocks at the moment it is passed can hold up the connection's thread:
-//! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM.
+//! that it is gone is not seen then, and endpoints stay as they are until the daemon gets SIGTERM. The daemon gives up what it has no use
+//! for before it listens to a frontend ([`sandbox`], feature `daemon`); a VMM that embeds the device has a sandbox of its own.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
@@ -103,6 +105,8 @@ pub mod queue;
 pub mod range;
 pub mod request;
 pub mod reserved;
+#[cfg(feature = "daemon")]
+pub mod sandbox;
 pub mod spec;
 #[cfg(any(feature = "acpi", feature = "fdt"))]
 pub mod topology;

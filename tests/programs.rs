@@ -227,10 +227,10 @@ fn there_is_one_frontend() {
     assert_eq!(code, 0, "{log}");
 }
 
-/// The library's two threads can be had, and the one that waits for signals cannot. The limit is not for root, and counts all
-/// that a user runs.
+/// With so many threads there is one for the rings, but none that waits for signals; or that one, but none for the connection. The
+/// limit is not for root, and counts all that a user runs.
 #[test]
-fn a_daemon_that_cannot_hear_signals_blocks_every_endpoint_and_ends() {
+fn a_daemon_without_threads_says_so_and_blocks_every_endpoint_that_a_guest_had() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("left out: needs root, to be a user with nothing else running");
         return;
@@ -239,28 +239,49 @@ fn a_daemon_that_cannot_hear_signals_blocks_every_endpoint_and_ends() {
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let (socket, program) = (directory.path().join("socket"), directory.path().join("daemon"));
     fs::copy(DAEMON, &program).unwrap();
-    let mut command = Command::new("bash");
-    command.args(["-c", "ulimit -u 3; exec \"$@\"", "bash"]).arg(&program).arg("--socket-path").arg(&socket);
-    command.arg("--input-range=0-ffffffff").uid(54_321);
-    let daemon = Daemon::run(command, socket, directory);
+    let limited = |threads: u32| {
+        let mut command = Command::new("bash");
+        let script = format!("ulimit -u {threads}; exec \"$@\"");
+        command.args(["-c", &script, "bash"]).arg(&program).arg("--socket-path").arg(&socket);
+        command.arg("--input-range=0-ffffffff").uid(54_321);
+        command
+    };
+    let (code, log) = run(&mut limited(2));
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("cannot set up events and signals"), "{log}");
+    assert!(!socket.exists(), "the socket is removed");
+
+    let daemon = Daemon::run(limited(3), socket.clone(), directory);
     let _connection = UnixStream::connect(&daemon.socket).unwrap();
     let (code, log) = daemon.end();
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("every endpoint is blocked"), "{log}");
-    assert!(log.contains("cannot set up events and signals"), "{log}");
+    assert!(log.contains("vhost-user: failed to start"), "{log}");
 }
 
 /// Nothing sensible can be done without the memory that is missing; the watcher detaches the devices.
 #[test]
-fn guest_memory_that_is_cut_off_ends_the_daemon_with_a_signal() {
-    use std::os::unix::process::ExitStatusExt;
+fn guest_memory_that_is_cut_off_ends_the_daemon_with_3() {
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     let (mut daemon, machine) = Daemon::start_and_connect();
     machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
     machine.kick();
-    let status = daemon.child.wait().unwrap();
-    assert_eq!(status.signal(), Some(Signal::SIGBUS as i32));
+    assert_eq!(daemon.child.wait().unwrap().code(), Some(3));
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut daemon.child.stderr.take().unwrap(), &mut log).unwrap();
+    assert!(log.contains("is not sealed with F_SEAL_SHRINK: if whoever has its file"), "{log}");
+    assert!(log.contains("SIGBUS: guest memory was cut off"), "{log}");
+}
+
+#[test]
+fn a_bus_error_of_another_kind_is_not_said_to_be_missing_memory() {
+    let (mut daemon, _machine) = Daemon::start_and_connect();
+    daemon.signal(Signal::SIGBUS);
+    assert_eq!(daemon.child.wait().unwrap().code(), Some(3));
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut daemon.child.stderr.take().unwrap(), &mut log).unwrap();
+    assert!(log.contains("SIGBUS, and not for memory that is missing"), "{log}");
 }
 
 #[test]

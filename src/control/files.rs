@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::fd::{VfioMajor, WrongFile};
+use crate::fd::{DeviceNumbers, VfioMajor, WrongFile};
 use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
 use crate::id::EndpointId;
@@ -47,25 +47,21 @@ pub enum FileError {
 #[derive(Debug)]
 pub struct VfioFiles {
     iommufd: Arc<Iommufd>,
-    /// What the kernel said when the process started; later it may not be allowed to ask.
-    major: Option<VfioMajor>,
+    /// Opened when the process started: later it may open nothing.
+    numbers: io::Result<DeviceNumbers>,
 }
 
 impl VfioFiles {
     /// Devices that are bound to this iommufd, or will be.
     pub fn new(iommufd: Arc<Iommufd>) -> Self {
-        Self { iommufd, major: VfioMajor::find().unwrap_or_default() }
+        Self { iommufd, numbers: DeviceNumbers::open() }
     }
 
     fn major(&self) -> Result<VfioMajor, FileError> {
-        match self.major {
-            Some(major) => Ok(major),
-            // VFIO may have come since.
-            None => match VfioMajor::find().map_err(FileError::Unknown)? {
-                Some(major) => Ok(major),
-                None => Err(FileError::Unknown(io::Error::other("there is no VFIO with device files"))),
-            },
-        }
+        let numbers = self.numbers.as_ref().map_err(|error| FileError::Unknown(io::Error::from(error.kind())))?;
+        // VFIO may have come since.
+        let major = numbers.vfio().map_err(FileError::Unknown)?;
+        major.ok_or_else(|| FileError::Unknown(io::Error::other("there is no VFIO with device files")))
     }
 }
 

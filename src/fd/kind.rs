@@ -5,9 +5,10 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use rustix::fs::{FileType, fstat, major, minor};
@@ -66,21 +67,41 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// How the kernel numbers the files of VFIO devices: found while the process may still read `/proc`, it tells such files from others
-/// without looking anything up.
+/// The kernel's list of how it numbers devices' files. It is opened while the process may open files, and can be read after that.
+#[derive(Debug)]
+pub struct DeviceNumbers(File);
+
+impl DeviceNumbers {
+    /// Opens `/proc/devices`.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/devices").map(Self)
+    }
+
+    /// The number of VFIO devices' files as it is now; `None` if VFIO is not there, or has no device files.
+    ///
+    /// # Errors
+    ///
+    /// The list cannot be read.
+    pub fn vfio(&self) -> io::Result<Option<VfioMajor>> {
+        let (mut list, mut part) = (Vec::new(), [0; 4096]);
+        loop {
+            match self.0.read_at(&mut part, list.len() as u64)? {
+                0 => return Ok(VfioMajor::in_list(&String::from_utf8_lossy(&list))),
+                length => list.extend(part.iter().take(length)),
+            }
+        }
+    }
+}
+
+/// How the kernel numbers the files of VFIO devices: it tells such files from others without looking anything up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VfioMajor(u32);
 
 impl VfioMajor {
-    /// Asks the kernel; `None` if VFIO is not there, or has no device files.
-    ///
-    /// # Errors
-    ///
-    /// `/proc/devices` cannot be read.
-    pub fn find() -> io::Result<Option<Self>> {
-        Ok(Self::in_list(&fs::read_to_string("/proc/devices")?))
-    }
-
     /// Files with this number, which need not be VFIO's.
     #[cfg(test)]
     pub(crate) const fn for_tests(number: u32) -> Self {
@@ -220,6 +241,20 @@ mod tests {
         let text = |file: &fs::File| VfioMajor(242).check(file).unwrap_err().to_string();
         assert_eq!(text(&null), "character device 1:3 is not /dev/vfio/devices/vfioN");
         assert_eq!(text(&fs::File::open("/").unwrap()), "a directory is not /dev/vfio/devices/vfioN");
+    }
+
+    #[test]
+    fn the_list_can_be_read_again() {
+        let numbers = DeviceNumbers::open().unwrap();
+        let now = VfioMajor::in_list(&fs::read_to_string("/proc/devices").unwrap());
+        assert_eq!((numbers.vfio().unwrap(), numbers.vfio().unwrap()), (now, now));
+        let list = tempfile::NamedTempFile::new().unwrap();
+        let numbers = DeviceNumbers(list.reopen().unwrap());
+        assert_eq!(numbers.vfio().unwrap(), None);
+        // VFIO comes, far down in a long list.
+        let others = "241 something-else\n".repeat(900);
+        fs::write(list.path(), format!("Character devices:\n{others}242 vfio-dev\n")).unwrap();
+        assert_eq!(numbers.vfio().unwrap(), Some(VfioMajor(242)));
     }
 
     #[test]

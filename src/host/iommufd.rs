@@ -64,6 +64,23 @@ const DEVICE_BIND_IOMMUFD: Opcode = vfio_opcode(18);
 const DEVICE_ATTACH_IOMMUFD_PT: Opcode = vfio_opcode(19);
 const DEVICE_DETACH_IOMMUFD_PT: Opcode = vfio_opcode(20);
 
+/// What is asked of an iommufd and of devices that whoever passed them has bound: all that this process needs to be allowed.
+#[cfg(feature = "daemon")]
+pub(crate) const SHARED_REQUESTS: &[u32] = &[
+    DESTROY,
+    IOAS_ALLOC,
+    IOAS_IOVA_RANGES,
+    IOAS_MAP,
+    IOAS_MAP_FILE,
+    IOAS_UNMAP,
+    DEVICE_GET_INFO,
+    DEVICE_ATTACH_IOMMUFD_PT,
+    DEVICE_DETACH_IOMMUFD_PT,
+];
+/// The same for who does nothing but detach.
+#[cfg(feature = "daemon")]
+pub(crate) const DETACH_REQUEST: u32 = DEVICE_DETACH_IOMMUFD_PT;
+
 /// How many usable ranges the kernel may report: far more than any host has holes.
 const MOST_RANGES: u32 = 4096;
 

@@ -15,6 +15,10 @@ use crate::control::Place;
 use crate::id::{EndpointId, PciAddress};
 use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
+use crate::sandbox::SeccompMode;
+
+/// What `--sandbox` is if nobody says. The runtime of a sanitizer has a thread and files of its own.
+const SANDBOX: &str = if cfg!(sanitized) { "off" } else { "on" };
 
 /// A virtio-iommu device as a vhost-user backend.
 ///
@@ -23,7 +27,8 @@ use crate::reserved::arguments::PolicyArguments;
 /// the same files to the VMM and to this process. One frontend is served; when it is gone every endpoint is blocked.
 ///
 /// The process stays in the foreground. It exits with 0 when all was well (SIGTERM included), 1 for what went wrong at run time,
-/// 2 for the arguments, 3 for the host, 4 for a frontend that broke the protocol.
+/// 2 for the arguments, 3 for the host (and guest memory that is cut off), 4 for a frontend that broke the protocol, 5 if it cannot be
+/// confined.
 #[derive(Clone, Debug, Parser)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 #[command(name = "vhost-device-iommu", version, max_term_width = 100)]
@@ -121,6 +126,17 @@ pub struct Arguments {
     #[arg(long)]
     pub exit_with_parent: bool,
 
+    /// Whether to give up, before the frontend is listened to, all that is not needed to serve it: capabilities (but `CAP_IPC_LOCK`),
+    /// files and network (Landlock, where the kernel has it), and calls of the kernel (--seccomp). A process that cannot do so does not
+    /// start. With `off` nothing is given up.
+    #[arg(long, value_name = "on|off", default_value = SANDBOX)]
+    pub sandbox: OnOff,
+
+    /// What becomes of a call of the kernel that is not needed: `kill` ends the process, whose devices are then taken off its mappings;
+    /// `trap` sends it SIGSYS, for debuggers; `log` has the kernel log it; `off` lets it be made.
+    #[arg(long, value_name = "kill|trap|log|off", default_value = "kill")]
+    pub seccomp: SeccompMode,
+
     /// How much to log: off, error, warn, info, debug or trace. By default what `RUST_LOG` says, else info; with both, what both
     /// let pass.
     #[arg(long, value_name = "LEVEL")]
@@ -142,6 +158,11 @@ pub fn asks_for_capabilities(mut arguments: impl Iterator<Item = OsString>) -> b
 }
 
 impl Arguments {
+    /// How calls of the kernel are given up; `None` if nothing is given up.
+    pub(super) fn confined(&self) -> Option<SeccompMode> {
+        (self.sandbox == OnOff::On).then_some(self.seccomp)
+    }
+
     /// Where the control socket is to be, if there is to be one.
     pub(super) fn control_place(&self) -> Option<Place<'_>> {
         self.control_path.as_deref().map(Place::Path).or(self.control_fd.map(Place::Fd))

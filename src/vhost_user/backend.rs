@@ -4,7 +4,6 @@
 
 use std::hint::spin_loop;
 use std::num::NonZero;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
@@ -13,13 +12,14 @@ use std::{fmt, io};
 use log::{Level, debug, error, info, log, warn};
 use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringState, VringT};
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use super::daemon::BackendDaemon;
+#[cfg(feature = "daemon")]
+use super::daemon::RingsJob;
 use super::operator::FaultListener;
 use super::restart::{Position, Start, has_history, judge};
 use super::throttle::{Pass, Throttle};
@@ -36,7 +36,7 @@ const MOST_REGIONS: usize = 509;
 /// How many requests are handled before the rings' state is looked at again.
 const BUDGET: usize = 256;
 /// The event that continues a batch which used up its budget. The library keeps 0 to the number of queues.
-const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
+pub(super) const CONTINUE_EVENT: u16 = spec::QUEUE_COUNT + 1;
 
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -69,7 +69,7 @@ pub struct BackendOptions {
 pub struct IommuBackend {
     options: BackendOptions,
     /// Guest memory as the frontend offers it. The library changes it before this backend is asked.
-    offered: Memory,
+    pub(super) offered: Memory,
     /// Guest memory as it was found in order.
     memory: Memory,
     /// Of the thread that serves the rings.
@@ -78,12 +78,18 @@ pub struct IommuBackend {
     /// What is told of faults.
     pub(super) fault_listener: OnceLock<FaultListener>,
     /// There is a daemon, or was.
-    has_daemon: AtomicBool,
+    pub(super) has_daemon: AtomicBool,
     /// The library's event loop is to end.
-    loop_ends: AtomicBool,
+    pub(super) loop_ends: AtomicBool,
     /// It was said that the frontend cannot be notified.
     unnotified: AtomicBool,
-    again: (EventConsumer, Arc<EventNotifier>),
+    pub(super) again: (EventConsumer, Arc<EventNotifier>),
+    /// What the rings' thread is to do before it looks at them next.
+    #[cfg(feature = "daemon")]
+    pub(super) rings_job: Mutex<Option<RingsJob>>,
+    /// It was looked at whether guest memory can be cut off.
+    #[cfg(feature = "daemon")]
+    looked_at_seals: AtomicBool,
 }
 
 pub(super) struct State {
@@ -142,6 +148,10 @@ impl IommuBackend {
             loop_ends: AtomicBool::new(false),
             unnotified: AtomicBool::new(false),
             again,
+            #[cfg(feature = "daemon")]
+            rings_job: Mutex::new(None),
+            #[cfg(feature = "daemon")]
+            looked_at_seals: AtomicBool::new(false),
         })
     }
 
@@ -159,40 +169,6 @@ impl IommuBackend {
             // It can only be full, and then the event loop is about to be woken.
             let _ = notifier.notify();
         }
-    }
-
-    /// A daemon of the library for this backend, whose event loop also continues batches that used up their budget. There can be one
-    /// only: what the frontend said of features, rings and memory is not another's.
-    ///
-    /// # Errors
-    ///
-    /// [`io::ErrorKind::AlreadyExists`] if there is one, or was; or the library cannot make its threads and events.
-    pub fn daemon(self: &Arc<Self>, name: &str) -> Result<BackendDaemon, DaemonError> {
-        if self.has_daemon.swap(true, Ordering::AcqRel) {
-            let error = io::Error::new(io::ErrorKind::AlreadyExists, "a backend has one daemon: make another backend");
-            return Err(DaemonError::StartDaemon(error));
-        }
-        let library = self.library(name).inspect_err(|_| self.has_daemon.store(false, Ordering::Release))?;
-        Ok(BackendDaemon { library, backend: Arc::clone(self) })
-    }
-
-    fn library(self: &Arc<Self>, name: &str) -> Result<VhostUserDaemon<Arc<Self>>, DaemonError> {
-        let library = VhostUserDaemon::new(name.to_owned(), Arc::clone(self), self.offered.clone())?;
-        for handler in library.get_epoll_handlers() {
-            let again = self.again.0.as_raw_fd();
-            if let Err(error) = handler.register_listener(again, EventSet::IN, u64::from(CONTINUE_EVENT)) {
-                // Dropping it waits for the rings' thread, which nothing would wake.
-                std::mem::forget(library);
-                return Err(DaemonError::StartDaemon(error));
-            }
-        }
-        Ok(library)
-    }
-
-    /// Ends the library's event loop.
-    pub(super) fn end_event_loop(&self) {
-        self.loop_ends.store(true, Ordering::Release);
-        self.look_again();
     }
 
     /// Refuses all DMA of all endpoints and frees everything on the host. Returns what the device has done.
@@ -270,7 +246,7 @@ impl IommuBackend {
     }
 
     /// Has the rings looked at again from the event loop.
-    fn look_again(&self) {
+    pub(super) fn look_again(&self) {
         if self.again.1.notify().is_err() {
             error!("cannot go on with what is left in the rings: waiting for the driver's next kick");
         }
@@ -478,6 +454,10 @@ impl VhostUserBackend for IommuBackend {
             return Err(io::Error::other(format!("guest memory has more than {MOST_REGIONS} regions")));
         }
         let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
+        #[cfg(feature = "daemon")]
+        if !self.looked_at_seals.swap(offered.num_regions() > 0, Ordering::Relaxed) {
+            super::seals::say_if_unsealed(&offered);
+        }
         // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
         // memory that has left.
         let mut state = self.state.lock();
@@ -521,6 +501,8 @@ impl VhostUserBackend for IommuBackend {
         if event == CONTINUE_EVENT {
             // Nothing to read means that it was read before.
             let _ = self.again.0.consume();
+            #[cfg(feature = "daemon")]
+            self.do_rings_job();
             if self.loop_ends.load(Ordering::Acquire) {
                 return Err(io::ErrorKind::Interrupted.into());
             }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::activation::{self, ActivationError};
 use super::args::Arguments;
-use super::relay;
+use super::relay::Relay;
 use super::socket::{SocketError, bind, examine};
 use crate::fd::{AdoptError, PassedSocket, adopt_socket};
 
@@ -103,18 +103,18 @@ impl Source {
             Self::Path(path) => {
                 let listener = bind(&path)?;
                 log::info!("listening on {}", path.display());
-                Incoming { listener, leftover: Leftover(Some(path)) }
+                Incoming { listener, relay: None, leftover: Leftover(Some(path)) }
             }
             Self::Listening(listener) => {
                 listener.set_nonblocking(false).map_err(IncomingError::Serve)?;
                 log::info!("listening on the socket that was passed");
-                Incoming { listener, leftover: Leftover(None) }
+                Incoming { listener, relay: None, leftover: Leftover(None) }
             }
             Self::Connected(stream) => {
                 stream.set_nonblocking(false).map_err(IncomingError::Serve)?;
-                let listener = relay::start(stream).map_err(IncomingError::Serve)?;
+                let (listener, relay) = Relay::new(stream).map_err(IncomingError::Serve)?;
                 log::info!("serving the connection that was passed");
-                Incoming { listener, leftover: Leftover(None) }
+                Incoming { listener, relay: Some(relay), leftover: Leftover(None) }
             }
         })
     }
@@ -124,6 +124,8 @@ impl Source {
 #[derive(Debug)]
 pub(super) struct Incoming {
     pub listener: UnixListener,
+    /// What is to be started for a connection to be accepted.
+    pub relay: Option<Relay>,
     pub leftover: Leftover,
 }
 

@@ -25,13 +25,19 @@ mod readiness;
 mod relay;
 mod restart;
 #[cfg(feature = "daemon")]
+mod seals;
+#[cfg(feature = "daemon")]
 mod serve;
 #[cfg(feature = "daemon")]
 mod setup;
 #[cfg(feature = "daemon")]
+mod signals;
+#[cfg(feature = "daemon")]
 mod socket;
 mod throttle;
 mod vring;
+#[cfg(feature = "daemon")]
+mod waiting;
 #[cfg(feature = "daemon")]
 mod watcher;
 

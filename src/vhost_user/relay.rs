@@ -17,6 +17,8 @@ use rustix::net::{
     recvmsg, sendmsg, socket_with,
 };
 
+use crate::sandbox::{Sandbox, StartError, ThreadKind};
+
 /// How many files one message can carry: the kernel's `SCM_MAX_FD`.
 const MOST_FILES: usize = 253;
 /// What every message of vhost-user begins with: request, flags, and the size of the rest, 32 bits each.
@@ -24,25 +26,56 @@ const HEADER: usize = 12;
 /// The library takes no more.
 const LARGEST_BODY: usize = 0x1000;
 
-/// Hands on what comes over a connection, until either side closes it; the listener has one connection to be accepted.
-///
-/// # Errors
-///
-/// There are no sockets or threads left, or another process was quicker to connect.
-pub(super) fn start(frontend: UnixStream) -> io::Result<UnixListener> {
-    let (listener, backend) = listener_and_its_connection()?;
-    let there = (frontend.try_clone()?, backend.try_clone()?);
-    let hand_on = |from: UnixStream, to: UnixStream, end: Shutdown| {
-        move || {
-            // Whatever went wrong, each side sees the end of the connection.
-            let _ = copy(&from, &to);
-            let _ = to.shutdown(end);
-        }
-    };
-    // What the frontend sent before it closed is still answered.
-    std::thread::Builder::new().name("to-backend".to_owned()).spawn(hand_on(there.0, there.1, Shutdown::Write))?;
-    std::thread::Builder::new().name("to-frontend".to_owned()).spawn(hand_on(backend, frontend, Shutdown::Both))?;
-    Ok(listener)
+/// A connection that is not handed on yet.
+#[derive(Debug)]
+pub(super) struct Relay {
+    to_backend: Direction,
+    to_frontend: Direction,
+}
+
+/// One direction of it.
+#[derive(Debug)]
+struct Direction {
+    from: UnixStream,
+    to: UnixStream,
+    /// What is closed of the other side at the end.
+    end: Shutdown,
+}
+
+impl Relay {
+    /// Prepares to hand a connection on; the listener has one connection to be accepted.
+    ///
+    /// # Errors
+    ///
+    /// There are no sockets left, or another process was quicker to connect.
+    pub fn new(frontend: UnixStream) -> io::Result<(UnixListener, Self)> {
+        let (listener, backend) = listener_and_its_connection()?;
+        let there = (frontend.try_clone()?, backend.try_clone()?);
+        // What the frontend sent before it closed is still answered.
+        let to_backend = Direction { from: there.0, to: there.1, end: Shutdown::Write };
+        let to_frontend = Direction { from: backend, to: frontend, end: Shutdown::Both };
+        Ok((listener, Self { to_backend, to_frontend }))
+    }
+
+    /// Hands on what comes, until either side closes the connection.
+    ///
+    /// # Errors
+    ///
+    /// There are no threads left, or they cannot be confined.
+    pub fn start(self, sandbox: Sandbox) -> Result<(), StartError> {
+        let Self { to_backend, to_frontend } = self;
+        sandbox.spawn(ThreadKind::Relay, "to-backend", || to_backend.hand_on())?;
+        sandbox.spawn(ThreadKind::Relay, "to-frontend", || to_frontend.hand_on())
+    }
+}
+
+impl Direction {
+    fn hand_on(self) {
+        let Self { from, to, end } = self;
+        // Whatever went wrong, each side sees the end of the connection.
+        let _ = copy(&from, &to);
+        let _ = to.shutdown(end);
+    }
 }
 
 /// A listener whose only connection is the one that is returned too.
@@ -142,7 +175,8 @@ mod tests {
     /// The frontend's end, and what the library would accept.
     fn relayed() -> (UnixStream, UnixStream) {
         let (frontend, passed) = UnixStream::pair().unwrap();
-        let listener = start(passed).unwrap();
+        let (listener, relay) = Relay::new(passed).unwrap();
+        relay.start(Sandbox::off()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         (frontend, accepted)
     }

@@ -3,20 +3,15 @@
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::mem::ManuallyDrop;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
-use log::{error, info, warn};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
+use log::{info, warn};
+use vhost::vhost_user::Error as ProtocolError;
+use vhost_user_backend::Error as DaemonError;
 
 use super::activation;
 use super::args::Arguments;
@@ -25,15 +20,15 @@ use super::incoming::{Incoming, IncomingError, Source};
 use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
+use super::signals::Signals;
+use super::waiting::{Serving, Waiting};
 use super::watcher::Watcher;
 use crate::control::{
     ControlServer, DeviceFiles, Keeper, Limits, ListenError, Place, Pluggable, Registry, VfioFiles, examine, listen,
 };
 use crate::fd::{AdoptError, adopt_writable};
 use crate::reserved::plan::Plan;
-
-/// How long the connection's thread has to end after a signal.
-const GRACE: Duration = Duration::from_secs(1);
+use crate::sandbox::{Sandbox, SandboxError, StartError, ThreadKind, end_at_missing_memory};
 
 /// A daemon that could not start, or ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +51,12 @@ pub enum ServeError {
     /// Nobody would hold the devices after this process.
     #[error("cannot start a watcher for the devices")]
     Watcher(#[source] io::Error),
+    /// The watcher holds the devices, and did not give up what it does not need for that.
+    #[error("the watcher of the devices did not say that it is confined (--sandbox off does without)")]
+    WatcherUnconfined,
+    /// The process did not give up what it does not need.
+    #[error("this process cannot be confined (--sandbox off does without)")]
+    Sandbox(#[from] SandboxError),
     /// Events or signals cannot be had.
     #[error("cannot set up events and signals")]
     Events(#[source] io::Error),
@@ -67,8 +68,17 @@ pub enum ServeError {
     Protocol(DaemonError),
 }
 
+impl From<StartError> for ServeError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Thread(error) => Self::Events(error),
+            StartError::Sandbox(error) => Self::Sandbox(error),
+        }
+    }
+}
+
 impl ServeError {
-    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol. 5 is kept for a process that cannot be confined.
+    /// The exit code: 1 run time, 2 usage, 3 host, 4 protocol, 5 a process that cannot be confined.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Setup(error) if error.is_usage() => 2,
@@ -77,6 +87,7 @@ impl ServeError {
             Self::Ready(_) => 2,
             Self::Protocol(_) => 4,
             Self::Listen(error) if error.is_usage() => 2,
+            Self::WatcherUnconfined | Self::Sandbox(_) => 5,
             Self::Incoming(_)
             | Self::Listen(_)
             | Self::Control(_)
@@ -88,7 +99,7 @@ impl ServeError {
 }
 
 /// Checks all that can be checked without serving, and returns what the guest would be told. Nothing is changed, but the files that
-/// the arguments name are taken over.
+/// the arguments name are taken over, and this process, which must have one thread, has given up what a daemon gives up.
 ///
 /// # Errors
 ///
@@ -98,6 +109,7 @@ pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
     control_place(arguments)?.map(examine).transpose()?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
+    confine(arguments)?.confine_thread(ThreadKind::Main)?;
     Ok(plan)
 }
 
@@ -112,6 +124,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     if arguments.exit_with_parent {
         follow_parent().map_err(ServeError::Events)?;
     }
+    end_at_missing_memory().map_err(ServeError::Events)?;
     // Before the watcher, which must not hold them.
     let (source, ready) = take_passed(arguments)?;
     let readiness = Readiness::new(ready, ServiceManager::from_environment());
@@ -153,9 +166,13 @@ fn serve_controlled(
     // Before the files are adopted: it inherits them as they are.
     let files: Vec<_> = arguments.endpoint.iter().map(|endpoint| endpoint.cdev_fd).collect();
     let is_needed = !files.is_empty() || control.is_some() && arguments.iommufd_fd.is_some();
-    let watcher = is_needed.then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
+    let start_watcher = || Watcher::start(&files, arguments.confined());
+    let mut watcher = is_needed.then(start_watcher).transpose().map_err(ServeError::Watcher)?;
 
     let BuiltDevice { device, endpoints, iommufd, .. } = build_device(arguments)?;
+    if watcher.as_mut().is_some_and(|watcher| !watcher.is_confined()) {
+        return Err(ServeError::WatcherUnconfined);
+    }
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
     let pluggable = Pluggable {
@@ -165,13 +182,15 @@ fn serve_controlled(
         directory: nodes::DIRECTORY.into(),
     };
     let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
-    let result = serve_endpoints(source, readiness, &backend, &registry, control);
+    let result = serve_endpoints(arguments, source, readiness, &backend, &registry, control);
     // What was to be let go was.
     registry.close();
     result
 }
 
+/// First opens what is to be opened, then gives up what is not needed, then starts the threads, each with what it needs alone.
 fn serve_endpoints(
+    arguments: &Arguments,
     source: Source,
     readiness: Readiness,
     backend: &Arc<IommuBackend>,
@@ -179,33 +198,52 @@ fn serve_endpoints(
     control: Option<UnixListener>,
 ) -> Result<(), ServeError> {
     let can_add = control.is_some();
-    if !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists() {
-        watch_nodes(registry, can_add).map_err(ServeError::Events)?;
-    }
-    let mut signals = Signals::new().map_err(ServeError::Events)?;
+    let is_watched = !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists();
+    let watch =
+        is_watched.then(|| NodeWatch::new(nodes::DIRECTORY.as_ref())).transpose().map_err(ServeError::Events)?;
+    let signals = Signals::new().map_err(ServeError::Events)?;
     // A path that this process listens on is removed when this returns: nobody else can connect.
-    let Incoming { listener, leftover: _leftover } = source.open()?;
-    if let Some(control) = control {
-        serve_control(control, registry).map_err(ServeError::Control)?;
+    let Incoming { listener, relay, leftover: _leftover } = source.open()?;
+    let control = control.map(|listener| ControlServer::new(listener, Arc::clone(registry), Limits::default()));
+    let control = control.transpose().map_err(ServeError::Control)?;
+
+    let sandbox = confine(arguments)?;
+    if let Some(watch) = watch {
+        watch_nodes(sandbox, watch, registry, can_add)?;
     }
+    if let Some(control) = control {
+        sandbox.spawn(ThreadKind::Control, "control", move || control.run())?;
+    }
+    relay.map_or(Ok(()), |relay| relay.start(sandbox))?;
+    let waiting = Waiting::start(sandbox, backend, listener, signals)?;
+    sandbox.confine_thread(ThreadKind::Main)?;
     let manager = readiness.ready();
-    if signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
-        serve_frontend(backend, listener, signals, &manager)
-    } else {
-        manager.stopping();
-        Ok(())
+    match waiting.wait() {
+        Ok(Some(serving)) => serve_frontend(backend, serving, &manager),
+        Ok(None) => {
+            manager.stopping();
+            Ok(())
+        }
+        Err(error) => {
+            manager.stopping();
+            block_all(backend);
+            Err(error)
+        }
     }
 }
 
-fn serve_control(listener: UnixListener, registry: &Arc<Registry>) -> io::Result<()> {
-    let server = ControlServer::new(listener, Arc::clone(registry), Limits::default())?;
-    std::thread::Builder::new().name("control".to_owned()).spawn(move || server.run())?;
-    Ok(())
+/// Gives up what holds for the whole process.
+fn confine(arguments: &Arguments) -> Result<Sandbox, SandboxError> {
+    let Some(mode) = arguments.confined() else {
+        warn!("--sandbox off: a frontend that finds a mistake in this process has all that the process may do");
+        return Ok(Sandbox::off());
+    };
+    let sockets = arguments.socket_path.iter().chain(&arguments.control_path).cloned();
+    Sandbox::enter(mode, &sockets.collect::<Vec<_>>())
 }
 
 /// Has endpoints removed whose devices the host wants back; for ever, if more can be added.
-fn watch_nodes(registry: &Arc<Registry>, can_add: bool) -> io::Result<()> {
-    let watch = NodeWatch::new(nodes::DIRECTORY.as_ref())?;
+fn watch_nodes(sandbox: Sandbox, watch: NodeWatch, registry: &Arc<Registry>, can_add: bool) -> Result<(), StartError> {
     registry.set_watched(true);
     let registry = Arc::clone(registry);
     let looking = Arc::clone(&registry);
@@ -217,8 +255,7 @@ fn watch_nodes(registry: &Arc<Registry>, can_add: bool) -> io::Result<()> {
         watch.watch(look);
         registry.set_watched(false);
     };
-    std::thread::Builder::new().name("nodes".to_owned()).spawn(watching)?;
-    Ok(())
+    sandbox.spawn(ThreadKind::Nodes, "nodes", watching)
 }
 
 /// Asks for SIGHUP when the parent ends. Not for SIGTERM: a parent with threads ends one thread at a time, and each of them that had
@@ -234,26 +271,12 @@ fn follow_parent() -> io::Result<()> {
 }
 
 fn serve_frontend(
-    backend: &Arc<IommuBackend>,
-    listener: UnixListener,
-    signals: Signals,
+    backend: &IommuBackend,
+    Serving { mut daemon, ended }: Serving,
     manager: &ServiceManager,
 ) -> Result<(), ServeError> {
-    // Never dropped: that waits for the library's threads, which files of the frontend's may hold up. They end with the process.
-    let mut daemon = ManuallyDrop::new(backend.daemon("vhost-user").map_err(ServeError::Daemon)?);
-    daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
     info!("a frontend connected");
     manager.serving();
-    let ended = Arc::new(AtomicBool::new(false));
-    if let Some(handle) = daemon.shutdown_handle() {
-        let (stopped, ended) = (Arc::clone(backend), Arc::clone(&ended));
-        let stop = move || signals.then(|| stop_now(&handle, &stopped, &ended));
-        if let Err(error) = std::thread::Builder::new().name("signals".to_owned()).spawn(stop) {
-            daemon.request_shutdown();
-            block_all(backend);
-            return Err(ServeError::Events(error));
-        }
-    }
     let result = daemon.wait();
     ended.store(true, Ordering::Release);
     manager.stopping();
@@ -273,59 +296,4 @@ fn serve_frontend(
 fn block_all(backend: &IommuBackend) {
     let statistics = backend.shut_down();
     info!("every endpoint is blocked; {statistics}");
-}
-
-/// Ends what a signal asked to end, even if the library's threads are held up by files of the frontend's.
-fn stop_now(connection: &ShutdownHandle, backend: &IommuBackend, ended: &AtomicBool) {
-    connection.shutdown();
-    backend.shut_down();
-    std::thread::sleep(GRACE);
-    if !ended.load(Ordering::Acquire) {
-        warn!("the frontend holds up the connection's thread: ending without it");
-        std::process::exit(0);
-    }
-}
-
-/// SIGTERM and SIGINT: the first asks for an orderly end, the second ends the process at once. SIGHUP asks for an orderly end, however
-/// often it comes.
-struct Signals {
-    pipe: UnixStream,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        let (pipe, write_end) = UnixStream::pair()?;
-        let seen = Arc::new(AtomicBool::new(false));
-        for signal in [SIGTERM, SIGINT] {
-            signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&seen))?;
-            signal_hook::flag::register(signal, Arc::clone(&seen))?;
-            signal_hook::low_level::pipe::register(signal, write_end.try_clone()?)?;
-        }
-        signal_hook::low_level::pipe::register(SIGHUP, write_end)?;
-        Ok(Self { pipe })
-    }
-
-    /// Waits for a connection; whether there is one, rather than a signal.
-    fn wait_for_frontend(&mut self, listener: &UnixListener) -> io::Result<bool> {
-        loop {
-            let mut waiting = [PollFd::new(&self.pipe, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-            match poll(&mut waiting, None) {
-                Ok(_) if !waiting[0].revents().is_empty() => return Ok(false),
-                Ok(_) if !waiting[1].revents().is_empty() => return Ok(true),
-                Ok(_) | Err(Errno::INTR) => (),
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    /// Waits for a signal, then acts.
-    fn then(mut self, act: impl FnOnce()) {
-        loop {
-            match self.pipe.read(&mut [0]) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-                Ok(_) => return act(),
-                Err(error) => return error!("signals are not heard any more: {error}"),
-            }
-        }
-    }
 }

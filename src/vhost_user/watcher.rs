@@ -6,7 +6,7 @@
 //! guest any more. So the same program runs once more, with nothing but the devices' files and a socket to the daemon: when the
 //! socket is closed without a word, it detaches the devices, and their DMA is refused.
 //!
-//! The daemon sends single bytes, and waits for the answer to those that have one.
+//! It says that it is confined before it listens. The daemon sends single bytes, and waits for the answer to those that have one.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -14,14 +14,17 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use log::warn;
 
+use crate::causes::with_causes;
 use crate::control::passing::{receive, send};
 use crate::control::{Keeper, MOST_ENDPOINTS};
-use crate::fd::{Adopted, FileKind, VfioMajor, adopt, close_inherited};
+use crate::fd::{Adopted, DeviceNumbers, FileKind, adopt, close_inherited};
 use crate::host::iommufd::VfioDevice;
+use crate::sandbox::{Sandbox, SeccompMode};
 
-/// The argument that makes the program a watcher, before the numbers of files.
+/// The argument that makes the program a watcher, before how it is to be confined and the numbers of files.
 const ARGUMENT: &str = "--watch-devices";
 /// What the daemon says when it has blocked every endpoint itself.
 const ALL_IS_WELL: u8 = u8::MAX;
@@ -30,6 +33,10 @@ const ALL_IS_WELL: u8 = u8::MAX;
 const HOLD: u8 = u8::MAX - 1;
 /// The answer to a file that cannot be held.
 const REFUSED: u8 = u8::MAX;
+/// What the watcher says when it has given up what it has no use for.
+const CONFINED: u8 = 1;
+/// How it is not to be confined.
+const NOT_AT_ALL: &str = "unconfined";
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -43,22 +50,31 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Starts a watcher for these inherited files, whose places are those in this list. To be called before they are adopted.
+    /// Starts a watcher for these inherited files, whose places are those in this list. To be called before they are adopted. It
+    /// confines itself, if a way is given; [`is_confined`](Self::is_confined) waits for that.
     ///
     /// # Errors
     ///
     /// The program cannot be started once more.
-    pub fn start(devices: &[RawFd]) -> io::Result<Self> {
+    pub fn start(devices: &[RawFd], confined: Option<SeccompMode>) -> io::Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
         let child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
+            .arg(name_of(confined))
             .args(devices.iter().map(ToString::to_string))
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()?;
         Ok(Self { socket, child, is_lost: false })
+    }
+
+    /// Waits until it is confined, and whether it is; why it is not, it says on the standard error. To be asked once, before all else.
+    pub fn is_confined(&mut self) -> bool {
+        let mut word = [0];
+        self.is_lost = self.socket.read_exact(&mut word).is_err() || word != [CONFINED];
+        !self.is_lost
     }
 
     /// Says something, and waits for the answer.
@@ -104,11 +120,20 @@ pub fn watch_if_asked() -> Option<ExitCode> {
     if arguments.next()? != ARGUMENT {
         return None;
     }
+    let confined = arguments.next()?;
     let devices: Vec<Option<VfioDevice>> = arguments.map(|number| adopted(number.parse().ok()?)).collect();
     close_inherited();
     // What ends the daemon must not end this process.
     let _ = rustix::process::setsid();
-    let left = watch(io::stdin(), devices, passed);
+    let numbers = DeviceNumbers::open().ok();
+    if let Err(error) = confine(&confined) {
+        eprintln!("vhost-device-iommu: the watcher of devices cannot be confined: {error}");
+        return Some(ExitCode::from(5));
+    }
+    let left = match send(io::stdin(), &[CONFINED], &[]) {
+        Ok(()) => watch(io::stdin(), devices, |file| passed(file, numbers.as_ref()?)),
+        Err(_) => devices,
+    };
     for device in left.iter().flatten() {
         device.detach();
     }
@@ -118,6 +143,19 @@ pub fn watch_if_asked() -> Option<ExitCode> {
         );
     }
     Some(ExitCode::SUCCESS)
+}
+
+fn name_of(confined: Option<SeccompMode>) -> String {
+    let value = confined.as_ref().and_then(SeccompMode::to_possible_value);
+    value.map_or(NOT_AT_ALL.to_owned(), |value| value.get_name().to_owned())
+}
+
+fn confine(name: &str) -> Result<(), String> {
+    if name == NOT_AT_ALL {
+        return Ok(());
+    }
+    let mode = SeccompMode::from_str(name, false)?;
+    Sandbox::enter_watcher(mode).map_err(|error| with_causes(&error))
 }
 
 /// Holds devices by their places as the daemon says, until it is gone. What is to be detached then: nothing if it said that all is
@@ -163,8 +201,8 @@ fn adopted(number: RawFd) -> Option<VfioDevice> {
     VfioDevice::new(file, node).ok()
 }
 
-fn passed(file: OwnedFd) -> Option<VfioDevice> {
-    VfioDevice::of_major(file, VfioMajor::find().ok()??, "a device that was added".to_owned()).ok()
+fn passed(file: OwnedFd, numbers: &DeviceNumbers) -> Option<VfioDevice> {
+    VfioDevice::of_major(file, numbers.vfio().ok()??, "a device that was added".to_owned()).ok()
 }
 
 #[cfg(test)]
@@ -173,6 +211,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::fd::VfioMajor;
 
     /// A device that tells when it is closed.
     struct Held(&'static str, mpsc::Sender<&'static str>);

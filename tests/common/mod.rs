@@ -18,6 +18,10 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 use vmm_sys_util::eventfd::EventFd;
 
 pub mod alone;
+#[cfg(target_arch = "x86_64")]
+pub mod confined;
+#[cfg(target_arch = "x86_64")]
+pub mod inject;
 mod requests;
 pub mod status;
 

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The daemon that is killed, and the device that the host wants back.
+//! The daemon that is killed, and the device that the host wants back; and what daemon and watcher have given up.
 
 use std::fs;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use crate::common::confined::{assert_calls, assert_confined, threads};
 use crate::common::{attach, map};
 use crate::edu::Vmm;
 use crate::pci::{EDU, find};
+use nix::unistd::Pid;
 
 const ENDPOINT: u32 = 0x18;
 const READ_WRITE: u32 = 3;
@@ -55,6 +57,60 @@ fn a_daemon_that_is_killed_leaves_no_device_on_its_mappings() {
     assert!(!vmm.write_lands(0x400_0000, 0x1_0000));
     assert_eq!(machine.send(&map(1, 0x400_0000, 0x1000, 0x1_0000, READ_WRITE)), 0);
     assert!(vmm.write_lands(0x400_0000, 0x1_0000));
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn a_daemon_that_is_killed_before_a_frontend_came_leaves_its_devices_nothing() {
+    let vmm = Vmm::new();
+    let mut daemon = vmm.daemon("unasked", &OPTIONS);
+    daemon.expect_log("confined: files and network are out of reach");
+    wait_until("the daemon is not ready", || threads(daemon.id()).len() == 4);
+    vmm.load(0x1_0000, 0x1_0000, 0x5a);
+    assert!(vmm.write_lands(0x1_0000, 0x1_0000), "the VMM's own mapping is in force");
+    daemon.kill();
+    wait_until("DMA goes on", || !vmm.write_lands(0x1_0000, 0x1_0000));
+    wait_until("the watcher stays", || processes().is_empty());
+}
+
+/// The watcher of a daemon.
+fn watcher_of(daemon: u32) -> u32 {
+    let is_child = |process: &u32| {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        status.lines().any(|line| line == format!("PPid:\t{daemon}"))
+    };
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    processes.find(is_child).unwrap()
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn a_daemon_with_devices_and_its_watcher_have_given_up_what_they_do_not_need() {
+    let vmm = Vmm::new();
+    let mut daemon = vmm.daemon("confined", &[OPTIONS[0], "--seccomp=trap"]);
+    let mut machine = vmm.machine(&daemon);
+    let watcher = watcher_of(daemon.id());
+    assert_confined(daemon.id(), true);
+    assert_confined(watcher, false);
+    let main = Pid::from_raw(daemon.id().cast_signed());
+    let mut names = Vec::new();
+    for (name, thread) in threads(daemon.id()) {
+        let name = if thread == main { "main".to_owned() } else { name };
+        assert_calls(&name, thread);
+        names.push(name);
+    }
+    names.sort();
+    assert_eq!(names, ["main", "nodes", "signals", "vhost-user", "vring_worker"]);
+    assert_calls("watcher", Pid::from_raw(watcher.cast_signed()));
+    // And have what they need.
+    assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), 0);
+    assert_eq!(machine.send(&map(1, 0x400_0000, 0x1000, 0x1_0000, READ_WRITE)), 0);
+    vmm.load(0x400_0000, 0x1_0000, 0x5a);
+    assert!(vmm.write_lands(0x400_0000, 0x1_0000));
+    drop(machine);
+    assert_eq!(daemon.wait().code(), Some(0));
+    wait_until("the watcher stays", || processes().is_empty());
 }
 
 #[test]

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the daemon gives up before it listens to a frontend: seen from outside, and tried by threads of the daemon's itself.
+
+#![cfg(all(target_arch = "x86_64", not(sanitized)))]
+#![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::confined::{assert_calls, assert_confined, threads};
+use common::inject::{Outcome, Stopped};
+use common::{Machine, attach, guest_memory};
+use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use seccompiler::{SeccompAction, SeccompFilter};
+use vhost::vhost_user::VhostUserFrontend;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+const PATIENCE: Duration = Duration::from_secs(20);
+const NOENT: u8 = 6;
+/// The daemon's threads, with a frontend that has not said anything yet; `vhost-user` is the connection's.
+const THREADS: [&str; 7] = ["control", "main", "signals", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
+
+fn may_trace() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("left out: needs root, to trace a process that cannot be dumped");
+    }
+    is_root
+}
+
+/// A daemon with a control socket, and the frontend's end of its connection.
+struct Daemon {
+    child: Child,
+    directory: tempfile::TempDir,
+    frontend: Option<UnixStream>,
+}
+
+impl Daemon {
+    /// Returns when it is ready, so that whatever was to be given up is, and all threads are there.
+    fn start(options: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (frontend, passed) = UnixStream::pair().unwrap();
+        let (ready, told) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 <&- >&-", DAEMON, "--fd=3", "--ready-fd=4"]);
+        command.arg("--control-path").arg(directory.path().join("control/socket"));
+        command.arg("--input-range=0-ffffffff").args(options);
+        let child = command.stdin(OwnedFd::from(passed)).stdout(told).stderr(Stdio::piped()).spawn().unwrap();
+        drop(command);
+        let mut line = String::new();
+        fs::File::from(ready).read_to_string(&mut line).unwrap();
+        assert_eq!(line, "\n", "it is ready");
+        let daemon = Self { child, directory, frontend: Some(frontend) };
+        let deadline = Instant::now() + PATIENCE;
+        while !daemon.threads().keys().eq(THREADS.iter()) {
+            assert!(Instant::now() < deadline, "{:?}", daemon.threads());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        daemon
+    }
+
+    fn machine(&mut self) -> Machine {
+        Machine::over(self.frontend.take().unwrap(), guest_memory(0x20_0000))
+    }
+
+    /// The threads by what they are called in the lists.
+    fn threads(&self) -> BTreeMap<String, Pid> {
+        let main = Pid::from_raw(self.child.id().cast_signed());
+        let name = |(name, thread)| (if thread == main { "main".to_owned() } else { name }, thread);
+        threads(self.child.id()).into_iter().map(name).collect()
+    }
+
+    /// What it says on its control socket.
+    fn ask(&self, request: &str) -> String {
+        let mut stream = UnixStream::connect(self.directory.path().join("control/socket")).unwrap();
+        writeln!(stream, "{{\"version\":1,\"request\":{request}}}").unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        line
+    }
+
+    fn end(mut self) -> (Option<i32>, String) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!self.directory.path().join("control/socket").exists(), "the socket is removed");
+        let output = self.child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    }
+}
+
+#[test]
+fn a_daemon_that_is_ready_has_given_up_privileges_in_every_thread() {
+    let mut daemon = Daemon::start(&[]);
+    assert_confined(daemon.child.id(), true);
+    let mut machine = daemon.machine();
+    machine.start();
+    assert_confined(daemon.child.id(), true);
+    let (code, log) = daemon.end();
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn each_thread_can_do_what_it_is_for_and_nothing_else() {
+    if !may_trace() {
+        return;
+    }
+    let mut daemon = Daemon::start(&["--seccomp=trap"]);
+    let mut machine = daemon.machine();
+    machine.start();
+    for (name, thread) in daemon.threads() {
+        assert_calls(&name, thread);
+    }
+    assert_eq!(machine.send(&attach(1, 8, 0)), NOENT, "it goes on");
+    let (code, log) = daemon.end();
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn the_watcher_of_devices_can_detach_them_and_nothing_else() {
+    if !may_trace() {
+        return;
+    }
+    let (mut socket, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(DAEMON);
+    command.args(["--watch-devices", "trap"]).stdin(OwnedFd::from(theirs));
+    let mut watcher = command.spawn().unwrap();
+    drop(command);
+    let mut word = [0];
+    socket.read_exact(&mut word).unwrap();
+    assert_eq!(word, [1], "it is confined");
+    assert_confined(watcher.id(), false);
+    assert_calls("watcher", Pid::from_raw(watcher.id().cast_signed()));
+    drop(socket);
+    assert_eq!(watcher.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_call_that_no_thread_has_a_use_for_ends_the_process() {
+    if !may_trace() {
+        return;
+    }
+    for (options, dies) in [
+        (&[][..], true),
+        (&["--seccomp=kill"], true),
+        (&["--seccomp=log"], false),
+        (&["--seccomp=off"], false),
+        (&["--sandbox=off"], false),
+    ] {
+        let mut daemon = Daemon::start(options);
+        let thread = daemon.threads()["vring_worker"];
+        let outcome = Stopped::new(thread).call(libc::SYS_getppid, [0; 6]);
+        if dies {
+            assert_eq!(outcome, Outcome::Killed(Signal::SIGSYS), "{options:?}");
+            assert_eq!(daemon.child.wait().unwrap().signal(), Some(Signal::SIGSYS as i32), "{options:?}");
+        } else {
+            assert_eq!(outcome, Outcome::Returned(i64::from(std::process::id())), "{options:?}");
+            assert_eq!(daemon.end().0, Some(0));
+        }
+    }
+}
+
+/// Everything that a frontend and an operator do, in a process that dies of anything else.
+#[test]
+fn a_whole_life_needs_nothing_that_was_given_up() {
+    let mut daemon = Daemon::start(&["--seccomp=kill", "--log-level=trace"]);
+    let mut machine = daemon.machine();
+    machine.start();
+    machine.start_event_ring();
+    assert_eq!(machine.send(&attach(1, 8, 0)), NOENT);
+    assert_eq!(machine.config()[16..24], 0xffff_ffffu64.to_le_bytes());
+    for request in [
+        "\"list\"",
+        "\"plan\"",
+        "\"stats\"",
+        "{\"faults\":{}}",
+        "{\"domain\":{\"domain\":1}}",
+        "{\"mappings\":{\"domain\":1}}",
+        "{\"remove\":{\"endpoints\":[\"0000:00:03.0\"]}}",
+        "{\"add\":{\"group\":1,\"vfio_members\":[],\"devices\":[]}}",
+        "{\"log-level\":{\"level\":\"debug\"}}",
+        "nonsense",
+    ] {
+        assert!(daemon.ask(request).contains("\"version\":1"), "{request}");
+    }
+    let base = machine.stop_ring();
+    machine.start_ring(base);
+    assert_eq!(machine.send(&attach(1, 8, 0)), NOENT);
+    machine.frontend.reset_device().unwrap();
+    machine.forget_ring();
+    machine.start();
+    assert_eq!(machine.send(&attach(1, 8, 0)), NOENT);
+    let (code, log) = daemon.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
+fn what_landlock_gives_up_stays_given_up_without_seccomp() {
+    if !may_trace() {
+        return;
+    }
+    let daemon = Daemon::start(&["--seccomp=off"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_be_bytes();
+    // struct sockaddr_in: AF_INET, the port, 127.0.0.1.
+    let address = [&[2, 0][..], &port, &[127, 0, 0, 1], &[0; 8]].concat();
+    let precious = tempfile::NamedTempFile::new().unwrap();
+    let name_of = |path: &Path| path.as_os_str().as_bytes().to_vec();
+    let new = name_of(&daemon.directory.path().join("control/new"));
+    let ours = u64::from(std::process::id());
+    for (name, thread) in daemon.threads() {
+        let mut thread = Stopped::new(thread);
+        let mut refused = |what: &str, number, arguments: &dyn Fn(u64) -> [u64; 6], bytes: &[u8], errno: i32| {
+            let arguments = arguments(thread.put(bytes));
+            assert_eq!(thread.call(number, arguments), Outcome::Returned(-i64::from(errno)), "{name}: {what}");
+        };
+        let here = i64::from(libc::AT_FDCWD).cast_unsigned();
+        refused("read", libc::SYS_openat, &|path| [here, path, 0, 0, 0, 0], b"/etc/passwd", libc::EACCES);
+        refused("list", libc::SYS_openat, &|path| [here, path, 0o200_000, 0, 0, 0], b"/", libc::EACCES);
+        refused("create", libc::SYS_openat, &|path| [here, path, 0o102, 0, 0, 0], &new, libc::EACCES);
+        refused("remove", libc::SYS_unlink, &|path| [path, 0, 0, 0, 0, 0], &name_of(precious.path()), libc::EACCES);
+        refused("execute", libc::SYS_execve, &|path| [path, 0, 0, 0, 0, 0], b"/bin/sh", libc::EACCES);
+        refused("mount", libc::SYS_mount, &|path| [path, path, path, 0, 0, 0], b"/", libc::EPERM);
+        refused("trace", libc::SYS_ptrace, &|_| [16, ours, 0, 0, 0, 0], b"", libc::EPERM);
+        refused("signal", libc::SYS_kill, &|_| [ours, 0, 0, 0, 0, 0], b"", libc::EPERM);
+        let Outcome::Returned(socket) = thread.call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]) else { panic!("no socket") };
+        let socket = socket.cast_unsigned();
+        let connect = [socket, thread.put(&address), address.len() as u64, 0, 0, 0];
+        assert_eq!(thread.call(libc::SYS_connect, connect), Outcome::Returned(-i64::from(libc::EACCES)), "{name}: TCP");
+        assert_eq!(thread.call(libc::SYS_close, [socket, 0, 0, 0, 0, 0]), Outcome::Returned(0));
+    }
+    assert!(precious.path().exists());
+    assert_eq!(daemon.end().0, Some(0));
+}
+
+#[test]
+fn nobody_else_can_look_into_the_process() {
+    if !may_trace() {
+        return;
+    }
+    let daemon = Daemon::start(&["--seccomp=off"]);
+    let dumpable = Stopped::new(daemon.threads()["vring_worker"]).call(libc::SYS_prctl, [3, 0, 0, 0, 0, 0]);
+    assert_eq!(dumpable, Outcome::Returned(0), "PR_GET_DUMPABLE");
+    assert_eq!(daemon.end().0, Some(0));
+}
+
+#[test]
+fn without_a_sandbox_nothing_is_given_up_and_the_log_says_so() {
+    let daemon = Daemon::start(&["--sandbox=off"]);
+    for (name, thread) in daemon.threads() {
+        let status = fs::read_to_string(format!("/proc/{thread}/status")).unwrap();
+        assert!(status.contains("Seccomp:\t0\n") && status.contains("NoNewPrivs:\t0\n"), "{name}: {status}");
+    }
+    let (code, log) = daemon.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("WARN") && log.contains("--sandbox off: a frontend that finds a mistake"), "{log}");
+    let (code, log) = Daemon::start(&["--seccomp=off"]).end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("WARN") && log.contains("--seccomp off: every call"), "{log}");
+}
+
+/// What a daemon says on a kernel that answers these calls with this error.
+fn run_refused(calls: &[i64], errno: i32, options: &[&str]) -> (Option<i32>, String) {
+    let filter = SeccompFilter::new(
+        calls.iter().map(|call| (*call, Vec::new())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.cast_unsigned()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let filter: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(DAEMON);
+    command.arg("--socket-path").arg(directory.path().join("socket")).args(["--input-range=0-ffffffff"]).args(options);
+    // The thread's filter is its child's too, and nobody else's.
+    let run = move || {
+        seccompiler::apply_filter(&filter).unwrap();
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut said = String::new();
+        while !said.contains("Landlock") && !said.contains("confined") && log.read_line(&mut said).unwrap() > 0 {}
+        let pid = Pid::from_raw(child.id().cast_signed());
+        // One that serves is to end.
+        if said.contains("no Landlock") {
+            kill(pid, Signal::SIGHUP).unwrap();
+        }
+        log.read_to_string(&mut said).unwrap();
+        let status = child.wait().unwrap();
+        (status.code(), format!("{status}: {said}"))
+    };
+    let result = std::thread::spawn(run).join().unwrap();
+    assert!(!directory.path().join("socket").exists(), "the socket is removed");
+    result
+}
+
+#[test]
+fn a_process_that_cannot_be_confined_does_not_start() {
+    for (call, errno, text) in [
+        (libc::SYS_seccomp, libc::EINVAL, "the list of calls of the rings' thread does not hold"),
+        (libc::SYS_landlock_restrict_self, libc::E2BIG, "Landlock does not take the rules"),
+        (libc::SYS_capset, libc::EPERM, "capabilities cannot be given up"),
+    ] {
+        let (code, log) = run_refused(&[call], errno, &[]);
+        assert_eq!(code, Some(5), "{log}");
+        assert!(log.contains("this process cannot be confined (--sandbox off does without)"), "{log}");
+        assert!(log.contains(text), "{log}");
+        let (code, log) = run_refused(&[call], errno, &["--check"]);
+        assert_eq!(code, Some(5), "as a start would: {log}");
+    }
+}
+
+#[test]
+fn a_kernel_without_landlock_is_named() {
+    for errno in [libc::ENOSYS, libc::EOPNOTSUPP] {
+        let (code, log) = run_refused(&[libc::SYS_landlock_create_ruleset], errno, &[]);
+        assert_eq!(code, Some(0), "{log}");
+        assert!(log.contains("WARN") && log.contains("the kernel has no Landlock"), "{log}");
+    }
+}
+
+#[test]
+fn a_watcher_that_cannot_be_confined_says_so() {
+    let (mut socket, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(DAEMON);
+    command.args(["--watch-devices", "nonsense"]).stdin(OwnedFd::from(theirs)).stderr(Stdio::piped());
+    let watcher = command.spawn().unwrap();
+    drop(command);
+    assert_eq!(socket.read(&mut [0]).unwrap(), 0, "it does not say that it is confined");
+    let output = watcher.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(5));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("the watcher of devices cannot be confined"));
+}
