@@ -106,6 +106,7 @@ pub mod range;
 pub mod request;
 pub mod reserved;
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod sandbox;
 pub mod spec;
 #[cfg(any(feature = "acpi", feature = "fdt"))]
