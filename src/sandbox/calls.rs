@@ -139,6 +139,8 @@ const HOST: &[Call] = &[ioctl(SHARED_REQUESTS)];
 const TELL_WATCHER: &[Call] = &[any(libc::SYS_recvmsg), any(libc::SYS_sendmsg)];
 
 const MAIN: &[Call] = &[
+    // Which file is at the path of a socket.
+    any(libc::SYS_statx),
     #[cfg(target_arch = "x86_64")]
     any(libc::SYS_unlink),
     #[cfg(not(target_arch = "x86_64"))]

@@ -2,7 +2,6 @@
 
 //! Where the frontend comes from: a socket at a path, or one that was passed.
 
-use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -10,7 +9,7 @@ use std::path::PathBuf;
 use super::activation::{self, ActivationError};
 use super::args::Arguments;
 use super::relay::Relay;
-use super::socket::{SocketError, bind, examine};
+use super::socket::{Leftover, SocketError, bind, examine};
 use crate::fd::{AdoptError, PassedSocket, adopt_socket};
 
 /// A socket that cannot be served.
@@ -103,18 +102,19 @@ impl Source {
             Self::Path(path) => {
                 let listener = bind(&path)?;
                 log::info!("listening on {}", path.display());
-                Incoming { listener, relay: None, leftover: Leftover(Some(path)) }
+                let leftover = Leftover::at(path);
+                Incoming { listener, relay: None, leftover: Some(leftover) }
             }
             Self::Listening(listener) => {
                 listener.set_nonblocking(false).map_err(IncomingError::Serve)?;
                 log::info!("listening on the socket that was passed");
-                Incoming { listener, relay: None, leftover: Leftover(None) }
+                Incoming { listener, relay: None, leftover: None }
             }
             Self::Connected(stream) => {
                 stream.set_nonblocking(false).map_err(IncomingError::Serve)?;
                 let (listener, relay) = Relay::new(stream).map_err(IncomingError::Serve)?;
                 log::info!("serving the connection that was passed");
-                Incoming { listener, relay: Some(relay), leftover: Leftover(None) }
+                Incoming { listener, relay: Some(relay), leftover: None }
             }
         })
     }
@@ -126,17 +126,6 @@ pub(super) struct Incoming {
     pub listener: UnixListener,
     /// What is to be started for a connection to be accepted.
     pub relay: Option<Relay>,
-    pub leftover: Leftover,
-}
-
-/// The path of a socket that this process made; removed when it is dropped. That it is gone already is no failure.
-#[derive(Debug)]
-pub(super) struct Leftover(Option<PathBuf>);
-
-impl Drop for Leftover {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            let _ = fs::remove_file(path);
-        }
-    }
+    /// To be kept until nobody may connect any more.
+    pub leftover: Option<Leftover>,
 }

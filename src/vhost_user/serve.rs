@@ -2,7 +2,7 @@
 
 //! The life of the daemon: one frontend is served, until it is gone or a signal says to stop.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -21,6 +21,7 @@ use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
 use super::signals::Signals;
+use super::socket::Leftover;
 use super::waiting::{Serving, Waiting};
 use super::watcher::Watcher;
 use crate::control::{
@@ -129,12 +130,8 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     let (source, ready) = take_passed(arguments)?;
     let readiness = Readiness::new(ready, ServiceManager::from_environment());
     let control = control_place(arguments)?.map(listen).transpose()?;
-    let result = serve_controlled(arguments, source, readiness, control);
-    if let Some(path) = &arguments.control_path {
-        // That it is gone already is no failure.
-        let _ = fs::remove_file(path);
-    }
-    result
+    let _leftover = arguments.control_path.clone().map(Leftover::at);
+    serve_controlled(arguments, source, readiness, control)
 }
 
 /// Takes over the socket, and the file by which readiness is told.

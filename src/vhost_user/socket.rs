@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
@@ -74,6 +75,43 @@ fn look(path: &Path) -> Result<Place, SocketError> {
 pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     make_room(path)?;
     listen(path).map_err(|errno| SocketError::Io { path: path.to_owned(), source: errno.into() })
+}
+
+/// The file of a socket that this process made, removed when this is dropped; unless somebody has put another one in its place, as who
+/// finds it dead may. That it is gone already is no failure.
+#[derive(Debug)]
+pub(super) struct Leftover {
+    path: PathBuf,
+    file: Option<FileIdentity>,
+}
+
+/// Which file it is. Some file systems use an inode's number again at once; when it was made tells them apart, where that is known.
+#[derive(Debug, PartialEq, Eq)]
+struct FileIdentity {
+    device: u64,
+    inode: u64,
+    created: Option<SystemTime>,
+}
+
+impl Leftover {
+    /// The socket that was made there just now.
+    pub fn at(path: PathBuf) -> Self {
+        let file = file_at(&path);
+        Self { path, file }
+    }
+}
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        if self.file.is_some() && file_at(&self.path) == self.file {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn file_at(path: &Path) -> Option<FileIdentity> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some(FileIdentity { device: metadata.dev(), inode: metadata.ino(), created: metadata.created().ok() })
 }
 
 /// Removes a socket that is dead.
@@ -175,6 +213,21 @@ mod tests {
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(bind(&link), Err(SocketError::NotASocket(_))));
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+
+    #[test]
+    fn only_the_own_socket_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let first = bind(&path).unwrap();
+        let leftover = Leftover::at(path.clone());
+        close(first, &path);
+        let _second = bind(&path).unwrap();
+        drop(leftover);
+        assert!(path.exists(), "another process listens there");
+        drop(Leftover::at(path.clone()));
+        assert!(!path.exists());
+        drop(Leftover::at(path));
     }
 
     #[test]
