@@ -156,6 +156,7 @@ fn system_reset_restores_bypass() {
         machine.attach(1, LONE);
         machine.device.system_reset();
         assert_eq!(machine.device.config()[36], u8::from(boot_bypass));
+        assert_eq!(machine.device.bypass(), boot_bypass);
         assert_eq!(machine.is_blocked(LONE), !boot_bypass);
     }
 }
