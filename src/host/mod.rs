@@ -82,6 +82,13 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether the guest can go on with this group's devices on another host, so that the state of the VM's IOMMU may be taken there.
+    /// It can with devices that are emulated, if whoever emulates them takes their own state along. By default it cannot: so it is with
+    /// devices that the host has.
+    fn can_migrate(&self) -> bool {
+        false
+    }
+
     /// Guest memory is this now; no table maps any other. By default nothing is done.
     fn memory_changed(&self, ram: &GuestRam) {
         let _ = ram;

@@ -16,6 +16,7 @@ mod daemon;
 mod incoming;
 #[cfg(feature = "daemon")]
 mod logging;
+mod migration;
 #[cfg(feature = "daemon")]
 mod nodes;
 mod operator;
@@ -30,7 +31,10 @@ mod serve;
 mod setup;
 #[cfg(feature = "daemon")]
 mod socket;
+mod state;
 mod throttle;
+mod told;
+mod transfer;
 mod vring;
 #[cfg(feature = "daemon")]
 mod watcher;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::backend::{IommuBackend, State};
+use super::backend::IommuBackend;
+use super::state::State;
 use crate::device::{SetupError, VirtioIommu};
 use crate::host::HostGroup;
 use crate::id::EndpointId;

@@ -104,13 +104,24 @@ impl Machine {
         Self { memory, frontend, kicks: [event(), event()], call: event(), available: 0, used: 0 }
     }
 
+    /// The same guest, of which another front end has the memory too now, over a connection to another backend.
+    pub fn moved(&self, stream: UnixStream) -> Self {
+        let Self { available, used, .. } = *self;
+        Self { available, used, ..Self::over(stream, self.memory.clone()) }
+    }
+
     /// Sets features, memory and the request ring, and starts it from the driver's place.
     pub fn start(&mut self) {
+        self.start_from(self.available);
+    }
+
+    /// Sets features, memory and the request ring, and starts it at a base.
+    pub fn start_from(&mut self, base: u16) {
         // Without EVENT_IDX: this driver does not write used_event.
         let features = self.frontend.get_features().unwrap() & !(1 << 29);
         self.frontend.set_features(features).unwrap();
         self.set_memory();
-        self.start_ring(self.available);
+        self.start_ring(base);
     }
 
     /// Gives the backend the guest's memory.

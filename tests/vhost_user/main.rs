@@ -13,6 +13,7 @@ mod files;
 mod large_maps;
 mod memory;
 mod messages;
+mod migrating;
 mod raw;
 mod regions;
 mod requests;
