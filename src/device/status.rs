@@ -103,6 +103,11 @@ impl VirtioIommu {
         bound.find_map(|group| group.members().first().copied())
     }
 
+    /// How many host groups there are, and of how many all DMA is refused.
+    pub fn groups(&self) -> (usize, usize) {
+        (self.groups.len(), self.groups.iter().filter(|group| group.is_blocked()).count())
+    }
+
     /// Every domain, ascending.
     pub fn domains(&self) -> impl Iterator<Item = DomainStatus> {
         self.domains.iter().map(|(id, domain)| status(*id, domain))

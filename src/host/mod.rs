@@ -29,6 +29,7 @@ mod pieces;
 pub mod refused;
 pub mod replay;
 pub mod software;
+pub mod timed;
 #[cfg(feature = "type1")]
 pub mod type1;
 #[cfg(feature = "vhost")]

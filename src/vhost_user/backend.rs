@@ -23,6 +23,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::daemon::BackendDaemon;
+use super::meter::Meter;
 use super::operator::FaultListener;
 use super::restart::Position;
 use super::state::{RequestRing, State};
@@ -81,6 +82,8 @@ pub struct IommuBackend {
     pub(super) state: Mutex<State>,
     /// The library's rings, once one of them was looked at.
     pub(super) rings: OnceLock<[Vring; 2]>,
+    /// How long requests take, if that is of interest.
+    pub(super) meter: OnceLock<Arc<Meter>>,
     /// The device's state on its way from or to another backend.
     pub(super) transfer: Mutex<Option<Transfer>>,
     /// What is told of faults.
@@ -114,6 +117,7 @@ impl IommuBackend {
             watch,
             state: Mutex::new(State::new(device)),
             rings: OnceLock::new(),
+            meter: OnceLock::new(),
             transfer: Mutex::new(None),
             fault_listener: OnceLock::new(),
             has_daemon: AtomicBool::new(false),
@@ -164,7 +168,13 @@ impl IommuBackend {
                 return Err(DaemonError::StartDaemon(error));
             }
         }
+        // So that the rings are known before the frontend asks whether they run.
+        self.look_again();
         Ok(library)
+    }
+
+    pub(super) fn has_daemon(&self) -> bool {
+        self.has_daemon.load(Ordering::Acquire)
     }
 
     /// Ends the library's event loop.
@@ -204,7 +214,13 @@ impl IommuBackend {
 
     /// Serves what is in the rings. Whether that was all; if not, it goes on from the event loop.
     fn serve_batch(&self, requests: &Vring, events: &Vring, quietly: bool) -> bool {
+        let look = self.look();
         let mut state = self.state.lock();
+        if let Some((meter, looked)) = look
+            && !state.request_ring.requests.is_under_way()
+        {
+            meter.looked(looked);
+        }
         let handled = self.serve_requests(&mut state, &mut requests.get_mut(), quietly);
         let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();

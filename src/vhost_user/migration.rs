@@ -9,6 +9,8 @@
 
 use std::fs::File;
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::{error, info};
 use parking_lot::MutexGuard;
@@ -22,12 +24,15 @@ use super::restart::Position;
 use super::state::State;
 use super::told::{Told, ToldError};
 use super::transfer::{Transfer, TransferError};
+use super::vring::Vring;
 use crate::causes::with_causes;
 use crate::device::{DeviceState, DomainState, MappingState, RestoreError, Settings};
 use crate::id::EndpointId;
 
 /// The version that is written, and the only one that is read.
 const VERSION: u32 = 1;
+/// How long a thread that was just started may take to run.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Room in a state for all but domains and mappings.
 const REST: u64 = 1 << 20;
 
@@ -184,16 +189,30 @@ impl IommuBackend {
 
     /// The device, if its state can be given away or taken now.
     fn migratable_state(&self) -> Result<MutexGuard<'_, State>, MigrationError> {
+        let rings = self.known_rings()?;
         let state = self.state.lock();
-        let is_running =
-            self.rings.get().is_some_and(|rings| rings.iter().any(|ring| ring.get_ref().get_queue().ready()));
-        if is_running {
+        if rings.is_some_and(|rings| rings.iter().any(|ring| ring.get_ref().get_queue().ready())) {
             return Err(MigrationError::Running);
         }
         match state.device.bound_to_host() {
             Some(endpoint) => Err(MigrationError::BoundToHost(endpoint)),
             None => Ok(state),
         }
+    }
+
+    /// The rings, unless there are none. The library shows them when its thread for them first runs.
+    fn known_rings(&self) -> Result<Option<&[Vring; 2]>, MigrationError> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.has_daemon() {
+            if let Some(rings) = self.rings.get() {
+                return Ok(Some(rings));
+            }
+            if Instant::now() >= deadline {
+                return Err(MigrationError::Running);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(None)
     }
 
     /// The frontend is told that, and the log why.

@@ -11,11 +11,18 @@ mod activation;
 #[cfg(feature = "daemon")]
 mod args;
 mod backend;
+mod counted;
 mod daemon;
+mod histogram;
 #[cfg(feature = "daemon")]
 mod incoming;
 #[cfg(feature = "daemon")]
 mod logging;
+mod meter;
+#[cfg(feature = "daemon")]
+mod metrics;
+#[cfg(feature = "daemon")]
+mod metrics_file;
 mod migration;
 #[cfg(feature = "daemon")]
 mod nodes;
@@ -44,11 +51,16 @@ pub use activation::ActivationError;
 #[cfg(feature = "daemon")]
 pub use args::{Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
+pub use counted::Counted;
 pub use daemon::BackendDaemon;
+pub use histogram::Histogram;
 #[cfg(feature = "daemon")]
 pub use incoming::IncomingError;
 #[cfg(feature = "daemon")]
 pub use logging::{LogFormat, start_log};
+pub use meter::{RequestTimes, Times};
+#[cfg(feature = "daemon")]
+pub use metrics_file::MetricsError;
 #[cfg(feature = "daemon")]
 pub use serve::{ServeError, check, serve};
 #[cfg(feature = "daemon")]

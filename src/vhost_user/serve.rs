@@ -21,6 +21,7 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
 use super::incoming::{Incoming, IncomingError, Source};
+use super::metrics_file::{MetricsError, MetricsFile};
 use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
@@ -47,6 +48,9 @@ pub enum ServeError {
     /// The control socket cannot be had.
     #[error("control socket: {0}")]
     Listen(#[from] ListenError),
+    /// Metrics cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The control socket cannot be served.
     #[error("cannot serve the control socket")]
     Control(#[source] io::Error),
@@ -71,7 +75,7 @@ impl ServeError {
             Self::Setup(error) if error.is_usage() => 2,
             Self::Setup(_) => 3,
             Self::Incoming(error) if error.is_usage() => 2,
-            Self::Ready(_) => 2,
+            Self::Ready(_) | Self::Metrics(_) => 2,
             Self::Protocol(_) => 4,
             Self::Listen(error) if error.is_usage() => 2,
             Self::Incoming(_)
@@ -94,6 +98,7 @@ pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
     let (source, _ready) = take_passed(arguments)?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
+    arguments.metrics_file.as_deref().map(MetricsFile::open).transpose()?;
     Ok(plan)
 }
 
@@ -138,9 +143,15 @@ fn serve_controlled(
     let is_needed = !files.is_empty() || control.is_some() && arguments.iommufd_fd.is_some();
     let watcher = is_needed.then(|| Watcher::start(&files)).transpose().map_err(ServeError::Watcher)?;
 
-    let BuiltDevice { device, endpoints, iommufd, .. } = build_device(arguments)?;
+    let metrics = arguments.metrics_file.as_deref().map(MetricsFile::open).transpose()?;
+    let BuiltDevice { device, endpoints, iommufd, host_time, .. } = build_device(arguments)?;
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
+    if let Some(host_time) = host_time {
+        backend.measure(host_time);
+    }
+    let interval = Duration::from_secs(arguments.metrics_interval.into());
+    let _metrics = metrics.map(|metrics| metrics.keep(&backend, interval)).transpose()?;
     let pluggable = Pluggable {
         files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
         keeper: watcher.map(|watcher| Box::new(watcher) as Box<dyn Keeper>),

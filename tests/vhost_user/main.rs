@@ -11,6 +11,7 @@ mod common;
 mod emulated;
 mod files;
 mod large_maps;
+mod measuring;
 mod memory;
 mod messages;
 mod migrating;

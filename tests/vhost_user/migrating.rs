@@ -157,12 +157,12 @@ fn send(mut writer: PipeWriter, state: &[u8]) {
 /// What a backend that nobody is connected to says of a state that it does not take. Nothing is changed, and no host is asked.
 fn refusal(terms: Terms, state: &[u8]) -> String {
     let (host, backend) = terms.backend();
-    let before = (host.calls(), backend.inspect(|device| device.config()));
+    let before = (host.calls(), backend.inspect(VirtioIommu::config));
     let (reader, writer) = pipe().unwrap();
     backend.set_device_state_fd(Direction::LOAD, STOPPED, File::from(OwnedFd::from(reader))).unwrap();
     send(writer, state);
     let error = backend.check_device_state().expect_err("it is refused");
-    assert_eq!((host.calls(), backend.inspect(|device| device.config())), before, "{error}");
+    assert_eq!((host.calls(), backend.inspect(VirtioIommu::config)), before, "{error}");
     assert_eq!(backend.inspect(|device| device.domains().count()), 0, "{error}");
     error.to_string()
 }
@@ -438,7 +438,7 @@ fn what_is_no_end_of_a_pipe_or_the_wrong_one_is_refused() {
     for direction in [Direction::SAVE, Direction::LOAD] {
         let (reader, writer) = pipe().unwrap();
         let wrong: OwnedFd = if direction == Direction::SAVE { reader.into() } else { writer.into() };
-        for file in [wrong, memfd(0x1000).into(), event().into(), File::open("/").unwrap().into()] {
+        for file in [wrong, memfd(0x1000).into(), event(), File::open("/").unwrap().into()] {
             assert!(!give(&mut bench, direction, file), "{direction:?}");
             assert!(!check(&mut bench));
         }
@@ -473,6 +473,8 @@ fn there_is_nothing_to_check_before_a_transfer_and_after_it_was_checked() {
     assert!(!check(&mut source));
     save(&mut source);
     assert!(!check(&mut source));
+    let error = source.backend.check_device_state().unwrap_err().to_string();
+    assert!(error.contains("no transfer"), "{error}");
     source.end();
 }
 
