@@ -182,6 +182,11 @@ impl Requests {
         Ok(Ring::for_batch(queue, memory, complete)?.1)
     }
 
+    /// Whether a request was taken and not returned.
+    pub const fn is_under_way(&self) -> bool {
+        self.unfinished.is_some()
+    }
+
     /// Forgets the request that is under way: the driver reset the device and does not wait for it any more.
     pub fn forget(&mut self) {
         self.unfinished = None;

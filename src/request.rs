@@ -36,6 +36,21 @@ pub enum Status {
     NoMemory = 8,
 }
 
+impl Status {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::Ok,
+        Self::IoError,
+        Self::Unsupported,
+        Self::DeviceError,
+        Self::Invalid,
+        Self::Range,
+        Self::NoEntry,
+        Self::Fault,
+        Self::NoMemory,
+    ];
+}
+
 impl fmt::Display for Status {
     /// As in the specification, without what all have in common: `OK`, `NOENT`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,7 +8,7 @@
 //! calls.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::Builder;
 use std::time::Duration;
@@ -101,18 +101,18 @@ impl Sandbox {
     }
 
     /// Gives up what holds for the whole process, which must have one thread: new privileges, capabilities, core dumps, files and
-    /// network. Sockets at these paths can be removed at the end.
+    /// network. Sockets at these paths can be removed at the end, and a file at this one be replaced.
     ///
     /// # Errors
     ///
     /// [`SandboxError`]; what was given up before stays so.
-    pub fn enter(mode: SeccompMode, sockets: &[PathBuf]) -> Result<Self, SandboxError> {
+    pub fn enter(mode: SeccompMode, sockets: &[PathBuf], replaced: Option<&Path>) -> Result<Self, SandboxError> {
         let threads = std::fs::read_dir("/proc/self/task").map_err(SandboxError::Threads)?.count();
         if threads != 1 {
             return Err(SandboxError::NotAlone(threads));
         }
         privileges::give_up(privileges::Kept::LockedMemory)?;
-        match files::give_up(sockets)? {
+        match files::give_up(sockets, replaced)? {
             Some(version) => info!("confined: files and network are out of reach (Landlock {version})"),
             None => warn!(
                 "the kernel has no Landlock, or it is not turned on (lsm=landlock,...): files and network are kept out of reach by \
@@ -132,7 +132,7 @@ impl Sandbox {
     /// [`SandboxError`]; what was given up before stays so.
     pub fn enter_watcher(mode: SeccompMode) -> Result<(), SandboxError> {
         privileges::give_up(privileges::Kept::Nothing)?;
-        files::give_up(&[])?;
+        files::give_up(&[], None)?;
         Self(mode).confine_thread(ThreadKind::Watcher)
     }
 

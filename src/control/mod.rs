@@ -10,6 +10,7 @@
 mod add;
 mod client;
 mod connection;
+mod counters;
 mod faults;
 mod files;
 mod listener;

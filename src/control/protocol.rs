@@ -13,7 +13,7 @@ use std::str::FromStr;
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-use crate::device::Statistics;
+pub use super::counters::{Bucket, Count, Durations, Stats, Times};
 use crate::id::{EndpointId, PciAddress};
 use crate::range::{ParseRangeError, parse_address};
 use crate::reserved::facts::{Facts, Text};
@@ -276,68 +276,6 @@ pub enum FaultReason {
     Mapping,
     /// Anything else.
     Unknown,
-}
-
-/// Requests of one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct Count {
-    /// Answered with OK.
-    pub ok: u64,
-    /// Answered with anything else.
-    pub failed: u64,
-}
-
-/// What has been counted since the daemon started, and what there is.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct Stats {
-    /// ATTACH requests.
-    pub attach: Count,
-    /// DETACH requests.
-    pub detach: Count,
-    /// MAP requests.
-    pub map: Count,
-    /// UNMAP requests.
-    pub unmap: Count,
-    /// PROBE requests.
-    pub probe: Count,
-    /// Buffers that could not be read as a request.
-    pub unreadable: u64,
-    /// Faults.
-    pub faults: u64,
-    /// Fault events for which there was no room.
-    pub faults_dropped: u64,
-    /// Messages to the log for which there was no room.
-    pub notices_dropped: u64,
-    /// Endpoints that there are.
-    pub endpoints: u64,
-    /// Domains that there are.
-    pub domains: u64,
-    /// Mappings that all of them have together.
-    pub mappings: u64,
-    /// Whether endpoints in no domain reach guest memory as it is.
-    pub bypass: bool,
-}
-
-impl Stats {
-    /// The counters of a device; what there is, is zero.
-    pub(super) fn counted(statistics: &Statistics) -> Self {
-        let count = |count: crate::device::Count| Count { ok: count.ok, failed: count.failed };
-        Self {
-            attach: count(statistics.attach),
-            detach: count(statistics.detach),
-            map: count(statistics.map),
-            unmap: count(statistics.unmap),
-            probe: count(statistics.probe),
-            unreadable: statistics.unreadable,
-            faults: 0,
-            faults_dropped: statistics.faults_dropped,
-            notices_dropped: statistics.notices_dropped,
-            endpoints: 0,
-            domains: 0,
-            mappings: 0,
-            bypass: false,
-        }
-    }
 }
 
 /// How much is logged.

@@ -148,17 +148,7 @@ impl Service {
     }
 
     fn stats(&self) -> Reply {
-        Reply::Stats(Box::new(self.registry.backend.inspect(|device| {
-            let mappings = device.domains().filter_map(|domain| domain.mappings).sum::<usize>();
-            Stats {
-                faults: device.faults_recorded(),
-                endpoints: device.endpoints().count() as u64,
-                domains: device.domains().count() as u64,
-                mappings: mappings as u64,
-                bypass: device.bypass(),
-                ..Stats::counted(&device.statistics())
-            }
-        })))
+        Reply::Stats(Box::new(Stats::from(&self.registry.backend.counted())))
     }
 }
 

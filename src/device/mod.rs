@@ -300,6 +300,7 @@ impl VirtioIommu {
     pub fn take_fault(&mut self) -> Option<Fault> {
         self.collect_refused_accesses();
         let fault = self.faults.pop()?;
+        self.statistics.faults_sent += 1;
         self.tracer.tell(&Exchange::Fault(fault));
         Some(fault)
     }

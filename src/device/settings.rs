@@ -58,7 +58,7 @@ impl Settings {
 
     /// The page sizes that are worth using: granule, 2 MiB, 1 GiB. Linux splits its mappings by this mask, so every
     /// further bit would cost it requests.
-    pub(super) const fn page_size_mask(&self) -> u64 {
+    pub(crate) const fn page_size_mask(&self) -> u64 {
         self.granule | 1 << 21 | 1 << 30
     }
 

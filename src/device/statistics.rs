@@ -6,13 +6,33 @@ use std::fmt;
 
 use crate::request::{RequestKind, Status};
 
-/// Requests of one kind.
+/// Requests of one kind, by the status that they were answered with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Count {
+pub struct Count([u64; Status::ALL.len()]);
+
+impl Count {
+    const fn add(&mut self, status: Status) {
+        #[expect(clippy::indexing_slicing, reason = "there is a place for each status")]
+        {
+            self.0[status as usize] += 1;
+        }
+    }
+
+    /// Answered with a status.
+    pub const fn of(&self, status: Status) -> u64 {
+        #[expect(clippy::indexing_slicing, reason = "there is a place for each status")]
+        self.0[status as usize]
+    }
+
     /// Answered with `VIRTIO_IOMMU_S_OK`.
-    pub ok: u64,
+    pub const fn ok(&self) -> u64 {
+        self.of(Status::Ok)
+    }
+
     /// Answered with any other status.
-    pub failed: u64,
+    pub fn failed(&self) -> u64 {
+        self.0.iter().skip(1).sum()
+    }
 }
 
 /// What a device has done since it was made.
@@ -30,6 +50,8 @@ pub struct Statistics {
     pub probe: Count,
     /// Buffers returned unwritten: of unknown type, without room for a status, or chains that cannot be read.
     pub unreadable: u64,
+    /// Fault events that were taken for the guest.
+    pub faults_sent: u64,
     /// Fault events for which there was no room.
     pub faults_dropped: u64,
     /// Notices for which there was no room.
@@ -45,15 +67,12 @@ impl Statistics {
             RequestKind::Unmap => &mut self.unmap,
             RequestKind::Probe => &mut self.probe,
         };
-        match status {
-            Status::Ok => count.ok += 1,
-            _ => count.failed += 1,
-        }
+        count.add(status);
     }
 
     /// Requests that were answered with anything but OK.
-    pub const fn failed(&self) -> u64 {
-        self.attach.failed + self.detach.failed + self.map.failed + self.unmap.failed + self.probe.failed
+    pub fn failed(&self) -> u64 {
+        [&self.attach, &self.detach, &self.map, &self.unmap, &self.probe].into_iter().map(Count::failed).sum()
     }
 }
 
@@ -69,7 +88,7 @@ impl fmt::Display for Statistics {
         ];
         for (index, (name, count)) in kinds.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
-            write!(f, "{comma}{} {name}", count.ok + count.failed)?;
+            write!(f, "{comma}{} {name}", count.ok() + count.failed())?;
         }
         write!(f, "; {} failed, {} unreadable", self.failed(), self.unreadable)
     }

@@ -11,6 +11,7 @@ use super::{Settings, VirtioIommu};
 use crate::access::Access;
 use crate::id::{DomainId, EndpointId};
 use crate::range::IovaRange;
+use crate::reserved::EndpointView;
 
 /// An endpoint, where the guest has it, and what its DMA goes through.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +89,23 @@ impl VirtioIommu {
             };
             EndpointStatus { id: *id, domain: endpoint.domain, translation, siblings }
         })
+    }
+
+    /// What the guest is told of an endpoint; `None` if there is no such endpoint.
+    pub fn view(&self, endpoint: EndpointId) -> Option<&EndpointView> {
+        Some(&self.endpoints.get(&endpoint)?.view)
+    }
+
+    /// An endpoint with which the guest cannot go on on another host ([`HostGroup::can_migrate`](crate::host::HostGroup::can_migrate)),
+    /// if there is one.
+    pub fn bound_to_host(&self) -> Option<EndpointId> {
+        let mut bound = self.groups.iter().filter(|group| !group.host.can_migrate());
+        bound.find_map(|group| group.members().first().copied())
+    }
+
+    /// How many host groups there are, and of how many all DMA is refused.
+    pub fn groups(&self) -> (usize, usize) {
+        (self.groups.len(), self.groups.iter().filter(|group| group.is_blocked()).count())
     }
 
     /// Every domain, ascending.

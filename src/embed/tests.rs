@@ -321,7 +321,7 @@ fn requests_that_come_while_the_queue_is_watched_need_no_kick() {
         machine.iommu.start(queues).unwrap();
         machine.iommu.set_polling(polling);
         machine.iommu.on_request_kick(64);
-        machine.iommu.device_mut().statistics().attach.ok
+        machine.iommu.device_mut().statistics().attach.ok()
     };
     assert_eq!(handled(Polling::Off), 1);
     // One may come when the time is over. A thread that does not get to run has watched for too long already.

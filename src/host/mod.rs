@@ -29,6 +29,7 @@ mod pieces;
 pub mod refused;
 pub mod replay;
 pub mod software;
+pub mod timed;
 #[cfg(feature = "type1")]
 pub mod type1;
 #[cfg(feature = "vhost")]
@@ -80,6 +81,13 @@ pub trait HostGroup: fmt::Debug + Send + Sync {
     /// The accesses of the group that its table refused, for a host that tells. By default none does.
     fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         None
+    }
+
+    /// Whether the guest can go on with this group's devices on another host, so that the state of the VM's IOMMU may be taken there.
+    /// It can with devices that are emulated, if whoever emulates them takes their own state along. By default it cannot: so it is with
+    /// devices that the host has.
+    fn can_migrate(&self) -> bool {
+        false
     }
 
     /// Guest memory is this now; no table maps any other. By default nothing is done.

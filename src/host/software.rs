@@ -49,6 +49,10 @@ impl HostGroup for SoftwareGroup {
     }
 
     fn block(&self) {}
+
+    fn can_migrate(&self) -> bool {
+        true
+    }
 }
 
 /// Stands for the table that a host would have.

@@ -13,6 +13,7 @@ pub mod qmp;
 mod run;
 pub mod show;
 mod size;
+mod status;
 
 pub use directory::{Directory, DirectoryError};
 pub use run::{Assignment, Launch, LaunchError};

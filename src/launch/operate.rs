@@ -9,15 +9,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use comfy_table::{Table, presets};
 use serde_json::Value;
 
 use super::inspect::{Inspection, UsableError, inspect};
 use super::qemu::port_of_bus;
 use super::qmp::{Qmp, QmpError};
-use crate::control::protocol::{
-    Addition, Address, Device, Endpoint, Fault, FaultReason, Level, Mapping, Reply, Request, Stats, Translation,
-};
+use super::show::table;
+use super::status;
+use crate::control::protocol::{Addition, Address, Device, Fault, FaultReason, Level, Mapping, Reply, Request};
 use crate::control::{Client, ClientError};
 use crate::fd::{AdoptError, FileKind, adopt};
 use crate::id::{EndpointId, PciAddress};
@@ -206,7 +205,7 @@ impl Operation {
     /// [`OperateError`]
     pub fn run(self) -> Done {
         match self {
-            Self::Status { daemon, json } => status(&daemon, json),
+            Self::Status { daemon, json } => show(&daemon, json),
             Self::Add(arguments) => arguments.add(),
             Self::Remove { endpoints, daemon, qmp } => remove(&daemon, &endpoints, qmp.as_deref()),
             Self::Faults { daemon, follow, after, json } => faults(&daemon, after, follow, json),
@@ -236,50 +235,14 @@ fn json_line(value: &impl serde::Serialize) -> String {
     format!("{}\n", serde_json::to_string(value).unwrap_or_default())
 }
 
-fn status(daemon: &Daemon, json: bool) -> Done {
+fn show(daemon: &Daemon, json: bool) -> Done {
     let mut client = daemon.client()?;
     let Reply::Endpoints(endpoints) = client.ask(Request::List)? else { return Err(OperateError::Unexpected) };
     let Reply::Stats(stats) = client.ask(Request::Stats)? else { return Err(OperateError::Unexpected) };
     if json {
         return print(&json_line(&serde_json::json!({ "endpoints": endpoints, "stats": stats })));
     }
-    let mut table = table(&["endpoint", "host device", "group", "domain", "its DMA goes through"]);
-    for endpoint in &endpoints {
-        let Endpoint { id, host, group, domain, translation, .. } = endpoint;
-        let domain = domain.map_or_else(|| "none".to_owned(), |domain| domain.to_string());
-        let through = match translation {
-            Translation::AsFound => "what the VMM set up",
-            Translation::Blocked => "nothing: it is refused",
-            Translation::Bypass => "guest memory as it is",
-            Translation::Domain => "the domain's mappings",
-        };
-        table.add_row([&id.0.to_string(), &host.0.to_string(), &group.to_string(), &domain, through]);
-    }
-    print(&format!("{table}\n{}", show_stats(&stats)))
-}
-
-fn show_stats(stats: &Stats) -> String {
-    let kinds = [
-        ("PROBE", stats.probe),
-        ("ATTACH", stats.attach),
-        ("DETACH", stats.detach),
-        ("MAP", stats.map),
-        ("UNMAP", stats.unmap),
-    ];
-    let mut text = format!("{} domains with {} mappings\nrequests:", stats.domains, stats.mappings);
-    for (name, count) in kinds {
-        // A String takes everything.
-        let _ = write!(text, " {} {name} ({} failed)", count.ok.saturating_add(count.failed), count.failed);
-    }
-    let _ = writeln!(text, "; {} unreadable", stats.unreadable);
-    let _ = writeln!(text, "faults: {}, of which {} found no room for the guest", stats.faults, stats.faults_dropped);
-    text
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
-    table
+    print(&status::show(&endpoints, &stats))
 }
 
 fn remove(daemon: &Daemon, endpoints: &[EndpointId], qmp: Option<&Path>) -> Done {

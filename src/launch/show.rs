@@ -102,6 +102,13 @@ pub fn plan(plan: &Plan) -> String {
     text
 }
 
+/// An empty table with this header.
+pub(super) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header);
+    table
+}
+
 fn push_line(text: &mut String, line: &str) {
     // A String takes everything.
     let _ = writeln!(text, "{line}");

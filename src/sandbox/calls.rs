@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use nix::libc;
+use rustix::fs::OFlags;
 
 use crate::host::iommufd::{DETACH_REQUEST, SHARED_REQUESTS};
 
@@ -23,6 +24,8 @@ pub(crate) enum ThreadKind {
     Control,
     /// Watches the devices' nodes.
     Nodes,
+    /// Writes the metrics.
+    Metrics,
     /// The process that holds the devices after the daemon.
     Watcher,
 }
@@ -207,6 +210,19 @@ const FIONBIO: u32 = libc::FIONBIO as u32;
 
 const NODES: &[Call] = &[any(libc::SYS_statx)];
 
+/// How rustix opens a file that is made anew: with `O_LARGEFILE`, which glibc's headers have as 0 where files are large anyway.
+const MAKE_ANEW: u32 =
+    OFlags::CREATE.union(OFlags::EXCL).union(OFlags::WRONLY).union(OFlags::CLOEXEC).union(OFlags::LARGEFILE).bits();
+
+/// A file is made anew and then put in the place of the one before.
+const METRICS: &[Call] = &[
+    one_of(libc::SYS_openat, 2, &[MAKE_ANEW]),
+    #[cfg(target_arch = "x86_64")]
+    any(libc::SYS_renameat),
+    any(libc::SYS_renameat2),
+    any(libc::SYS_unlinkat),
+];
+
 const WATCHER: &[Call] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendmsg),
@@ -225,6 +241,7 @@ impl ThreadKind {
             Self::Relay => "relay's thread",
             Self::Control => "control socket's thread",
             Self::Nodes => "thread that watches devices' nodes",
+            Self::Metrics => "metrics' thread",
             Self::Watcher => "watcher of devices",
         }
     }
@@ -238,6 +255,7 @@ impl ThreadKind {
             Self::Relay => &[EVERY, RELAY],
             Self::Control => &[EVERY, HOST, TELL_WATCHER, CONTROL],
             Self::Nodes => &[EVERY, HOST, TELL_WATCHER, NODES],
+            Self::Metrics => &[EVERY, METRICS],
             Self::Watcher => &[EVERY, WATCHER],
         };
         parts.iter().flat_map(|part| part.iter()).collect::<Vec<_>>().into_iter()
@@ -248,13 +266,14 @@ impl ThreadKind {
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 7] = [
+    const KINDS: [ThreadKind; 8] = [
         ThreadKind::Main,
         ThreadKind::Connection,
         ThreadKind::Rings,
         ThreadKind::Relay,
         ThreadKind::Control,
         ThreadKind::Nodes,
+        ThreadKind::Metrics,
         ThreadKind::Watcher,
     ];
 

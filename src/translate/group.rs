@@ -122,6 +122,10 @@ impl HostGroup for EmulatedGroup {
     fn refused_accesses(&self) -> Option<&RefusedAccesses> {
         Some(&self.attachment.refused)
     }
+
+    fn can_migrate(&self) -> bool {
+        true
+    }
 }
 
 /// A table, and the translation that it belongs to.

@@ -122,6 +122,15 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 4096)]
     pub max_domains: usize,
 
+    /// Write what is counted and measured to this file, in Prometheus' text format, for a collector such as `node_exporter`'s
+    /// `textfile`. Whoever reads it has all of it. It is removed at the end.
+    #[arg(long, value_name = "PATH")]
+    pub metrics_file: Option<PathBuf>,
+
+    /// How often to write it, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 15, requires = "metrics_file", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub metrics_interval: u32,
+
     /// End when the process that started this one ends, whether or not a frontend is there.
     #[arg(long)]
     pub exit_with_parent: bool,
@@ -166,6 +175,11 @@ impl Arguments {
     /// Where the control socket is to be, if there is to be one.
     pub(super) fn control_place(&self) -> Option<Place<'_>> {
         self.control_path.as_deref().map(Place::Path).or(self.control_fd.map(Place::Fd))
+    }
+
+    /// Whether anybody can ask how long requests take: by the control socket, in the metrics, or in the log.
+    pub(super) fn is_measured(&self) -> bool {
+        self.control_place().is_some() || self.metrics_file.is_some() || log::max_level() >= log::LevelFilter::Debug
     }
 }
 

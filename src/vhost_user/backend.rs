@@ -2,6 +2,7 @@
 
 //! The device behind vhost-user messages and rings.
 
+use std::fs::File;
 use std::hint::spin_loop;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,9 +10,11 @@ use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
 use std::{fmt, io};
 
-use log::{Level, debug, error, info, log, warn};
+use log::{debug, error, info};
 use parking_lot::{Mutex, MutexGuard};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap};
@@ -20,13 +23,15 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 #[cfg(feature = "daemon")]
 use super::daemon::RingsJob;
+use super::meter::Meter;
 use super::operator::FaultListener;
-use super::restart::{Position, Start, has_history, judge};
-use super::throttle::{Pass, Throttle};
+use super::restart::Position;
+use super::state::{RequestRing, State};
+use super::transfer::Transfer;
 use super::vring::Vring;
 use crate::device::{Statistics, VirtioIommu};
 use crate::memory::GuestRam;
-use crate::queue::{Batch, Polling, QueueError, Requests, Watch, deliver_faults, has_requests};
+use crate::queue::{Batch, Polling, Watch, deliver_faults, has_requests};
 use crate::spec;
 
 /// The largest queue that a frontend may ask for.
@@ -62,12 +67,12 @@ pub struct BackendOptions {
 /// A device as the vhost-user library drives it.
 ///
 /// Two threads of the library's call it, one for the connection and one for the rings, and whoever removes endpoints or shuts the
-/// device down. Locks are taken in this order, and none is waited for under a later one: `watch` (by the thread of the rings only), the
-/// state, a ring, its event files; guest memory is exchanged under the state's. Under none of them is a file of the frontend's read or
+/// device down. Locks are taken in this order, and none is waited for under a later one: `watch` (by the thread of the rings only), `transfer` (by
+/// that of the connection only), the state, a ring, its event files; guest memory is exchanged under the state's. Under none of them is a file of the frontend's read or
 /// written, so that none is held for longer than the host and guest memory take; what waits for devices that translate is done under
 /// the state's, which none of them needs.
 pub struct IommuBackend {
-    options: BackendOptions,
+    pub(super) options: BackendOptions,
     /// Guest memory as the frontend offers it. The library changes it before this backend is asked.
     pub(super) offered: Memory,
     /// Guest memory as it was found in order.
@@ -75,6 +80,12 @@ pub struct IommuBackend {
     /// Of the thread that serves the rings.
     watch: Mutex<Watch>,
     pub(super) state: Mutex<State>,
+    /// The library's rings, once one of them was looked at.
+    pub(super) rings: OnceLock<[Vring; 2]>,
+    /// How long requests take, if that is of interest.
+    pub(super) meter: OnceLock<Arc<Meter>>,
+    /// The device's state on its way from or to another backend.
+    pub(super) transfer: Mutex<Option<Transfer>>,
     /// What is told of faults.
     pub(super) fault_listener: OnceLock<FaultListener>,
     /// There is a daemon, or was.
@@ -92,31 +103,6 @@ pub struct IommuBackend {
     looked_at_seals: AtomicBool,
 }
 
-pub(super) struct State {
-    pub(super) device: VirtioIommu,
-    /// The features that the frontend set last, without those of the protocol.
-    features: u64,
-    request_ring: RequestRing,
-    throttle: Throttle,
-    /// How many faults the listener was told of.
-    pub(super) faults_told: u64,
-}
-
-/// What is known of the request ring across stops.
-#[derive(Default)]
-struct RequestRing {
-    /// Where it was after the last batch.
-    last: Option<Position>,
-    /// Where it was when it was stopped, until it starts again.
-    stopped: Option<Position>,
-    /// The driver broke it: it is not looked at until it starts again.
-    broken: bool,
-    /// What it carries.
-    requests: Requests,
-    /// The library's side of it, once it was kicked: to complete what is under way when it stops.
-    vring: Option<Vring>,
-}
-
 impl IommuBackend {
     /// A backend for this device.
     ///
@@ -125,13 +111,6 @@ impl IommuBackend {
     /// No event descriptors can be had.
     pub fn new(device: VirtioIommu, options: BackendOptions) -> io::Result<Self> {
         let memory = || GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let state = State {
-            device,
-            features: 0,
-            request_ring: RequestRing::default(),
-            throttle: Throttle::new(Instant::now()),
-            faults_told: 0,
-        };
         let (again, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         let again = (again, Arc::new(notifier));
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
@@ -142,7 +121,10 @@ impl IommuBackend {
             offered,
             memory,
             watch,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(device)),
+            rings: OnceLock::new(),
+            meter: OnceLock::new(),
+            transfer: Mutex::new(None),
             fault_listener: OnceLock::new(),
             has_daemon: AtomicBool::new(false),
             loop_ends: AtomicBool::new(false),
@@ -202,8 +184,13 @@ impl IommuBackend {
 
     /// Serves what is in the rings. Whether that was all; if not, it goes on from the event loop.
     fn serve_batch(&self, requests: &Vring, events: &Vring, quietly: bool) -> bool {
+        let look = self.look();
         let mut state = self.state.lock();
-        state.request_ring.vring.get_or_insert_with(|| requests.clone());
+        if let Some((meter, looked)) = look
+            && !state.request_ring.requests.is_under_way()
+        {
+            meter.looked(looked);
+        }
         let handled = self.serve_requests(&mut state, &mut requests.get_mut(), quietly);
         let delivered = self.serve_events(&mut state, &mut events.get_mut());
         state.log_notices();
@@ -326,67 +313,6 @@ impl fmt::Debug for IommuBackend {
     }
 }
 
-impl State {
-    /// If the request ring was stopped and runs again: finds out whether the device was reset in between.
-    fn start_if_stopped(&mut self, vring: &VringState<Memory>, memory: &GuestMemoryMmap) {
-        let Some(stopped) = self.request_ring.stopped.take() else {
-            return;
-        };
-        let queue = vring.get_queue();
-        let (resets, level, what) =
-            match judge(stopped, Position::of(queue), queue.next_used(), has_history(queue, memory)) {
-                Start::Resume => (false, Level::Info, "the guest goes on"),
-                Start::Reset => (true, Level::Info, "the guest reset the device"),
-                Start::Unexpected => (
-                    true,
-                    Level::Warn,
-                    "the frontend started the request ring elsewhere than it stopped it: taking it for a reset",
-                ),
-            };
-        if self.may_log() {
-            log!(level, "{what}");
-        }
-        if resets {
-            self.reset();
-        }
-    }
-
-    /// Resets the device. The features were set before the rings started, so they hold.
-    fn reset(&mut self) {
-        self.request_ring.requests.forget();
-        self.device.reset();
-        self.device.set_driver_features(self.features);
-    }
-
-    fn request_queue_broke(&mut self, error: &QueueError) {
-        self.request_ring.broken = true;
-        if self.may_log() {
-            error!("the guest's driver broke the request queue, which waits until it is set up again: {error}");
-        }
-    }
-
-    fn log_notices(&mut self) {
-        while let Some(notice) = self.device.next_notice() {
-            if self.may_log() {
-                warn!("{notice}");
-            }
-        }
-    }
-
-    /// Whether another line may be logged that the guest or the frontend can cause.
-    fn may_log(&mut self) -> bool {
-        match self.throttle.ask(Instant::now()) {
-            Pass::No => false,
-            Pass::Yes { held_back } => {
-                if held_back > 0 {
-                    warn!("{held_back} messages were not logged");
-                }
-                true
-            }
-        }
-    }
-}
-
 impl VhostUserBackend for IommuBackend {
     type Bitmap = ();
     type Vring = Vring;
@@ -417,6 +343,7 @@ impl VhostUserBackend for IommuBackend {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     fn reset_device(&self) {
@@ -470,6 +397,21 @@ impl VhostUserBackend for IommuBackend {
         Ok(())
     }
 
+    fn set_device_state_fd(
+        &self,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        file: File,
+    ) -> io::Result<Option<File>> {
+        // There is no other phase.
+        let VhostTransferStatePhase::STOPPED = phase;
+        self.start_transfer(direction, file).map(|()| None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        self.finish_transfer()
+    }
+
     fn queues_per_thread(&self) -> Vec<u64> {
         vec![(1 << spec::QUEUE_COUNT) - 1]
     }
@@ -479,7 +421,8 @@ impl VhostUserBackend for IommuBackend {
         let mut state = self.state.lock();
         let mut to_notify = None;
         if queue_index == u32::from(spec::REQUEST_QUEUE) {
-            to_notify = state.request_ring.vring.clone().filter(|vring| self.complete_request(&mut state, vring));
+            to_notify = self.rings.get().map(|[requests, _]| requests);
+            to_notify = to_notify.filter(|requests| self.complete_request(&mut state, requests));
             state.request_ring.broken = false;
             match self.options.on_stop {
                 OnStop::Keep => state.request_ring.stopped = state.request_ring.last,
@@ -487,8 +430,8 @@ impl VhostUserBackend for IommuBackend {
             }
         }
         self.finish(state);
-        if let Some(vring) = to_notify {
-            self.note_unnotified(vring.signal_without_waiting());
+        if let Some(requests) = to_notify {
+            self.note_unnotified(requests.signal_without_waiting());
         }
         Ok(())
     }
@@ -498,6 +441,7 @@ impl VhostUserBackend for IommuBackend {
         let [requests, events] = vrings else {
             return Ok(());
         };
+        self.rings.get_or_init(|| [requests.clone(), events.clone()]);
         if event == CONTINUE_EVENT {
             // Nothing to read means that it was read before.
             let _ = self.again.0.consume();

@@ -51,7 +51,13 @@ impl IommuBackend {
                 return Err(DaemonError::StartDaemon(error));
             }
         }
+        // So that the rings are known before the frontend asks whether they run.
+        self.look_again();
         Ok(library)
+    }
+
+    pub(super) fn has_daemon(&self) -> bool {
+        self.has_daemon.load(Ordering::Acquire)
     }
 
     /// Ends the library's event loop.

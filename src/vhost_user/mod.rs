@@ -11,11 +11,19 @@ mod activation;
 #[cfg(feature = "daemon")]
 mod args;
 mod backend;
+mod counted;
 mod daemon;
+mod histogram;
 #[cfg(feature = "daemon")]
 mod incoming;
 #[cfg(feature = "daemon")]
 mod logging;
+mod meter;
+#[cfg(feature = "daemon")]
+mod metrics;
+#[cfg(feature = "daemon")]
+mod metrics_file;
+mod migration;
 #[cfg(feature = "daemon")]
 mod nodes;
 mod operator;
@@ -34,7 +42,10 @@ mod setup;
 mod signals;
 #[cfg(feature = "daemon")]
 mod socket;
+mod state;
 mod throttle;
+mod told;
+mod transfer;
 mod vring;
 #[cfg(feature = "daemon")]
 mod waiting;
@@ -48,13 +59,18 @@ pub use activation::ActivationError;
 #[doc(hidden)]
 pub use args::{Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
+pub use counted::Counted;
 pub use daemon::BackendDaemon;
+pub use histogram::Histogram;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use incoming::IncomingError;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use logging::{LogFormat, start_log};
+pub use meter::{RequestTimes, Times};
+#[cfg(feature = "daemon")]
+pub use metrics_file::MetricsError;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use serve::{ServeError, check, serve};

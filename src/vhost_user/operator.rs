@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::backend::{IommuBackend, State};
+use super::backend::IommuBackend;
+use super::state::State;
 use crate::device::{SetupError, VirtioIommu};
 use crate::host::HostGroup;
+use crate::host::timed::TimedGroup;
 use crate::id::EndpointId;
 use crate::range::IovaRange;
 use crate::reserved::EndpointView;
@@ -45,6 +47,10 @@ impl IommuBackend {
         group: Arc<dyn HostGroup>,
         endpoints: Vec<(EndpointId, EndpointView)>,
     ) -> Result<(), SetupError> {
+        let group = match self.meter.get() {
+            Some(meter) => Arc::new(TimedGroup::new(group, Arc::clone(meter.host_time()))),
+            None => group,
+        };
         let mut state = self.state.lock();
         let result = state.device.add_group(group, endpoints);
         self.finish(state);

@@ -11,7 +11,8 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 /// Where a ring is and how far it was consumed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Position {
     next_available: u16,
     rings: [u64; 3],

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use log::{info, warn};
 use vhost::vhost_user::Error as ProtocolError;
@@ -17,6 +18,7 @@ use super::activation;
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
 use super::incoming::{Incoming, IncomingError, Source};
+use super::metrics_file::{MetricsError, MetricsFile};
 use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
 use super::setup::{BuiltDevice, SetupError, build_device};
@@ -46,6 +48,9 @@ pub enum ServeError {
     /// The control socket cannot be had.
     #[error("control socket: {0}")]
     Listen(#[from] ListenError),
+    /// Metrics cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The control socket cannot be served.
     #[error("cannot serve the control socket")]
     Control(#[source] io::Error),
@@ -85,7 +90,7 @@ impl ServeError {
             Self::Setup(error) if error.is_usage() => 2,
             Self::Setup(_) => 3,
             Self::Incoming(error) if error.is_usage() => 2,
-            Self::Ready(_) => 2,
+            Self::Ready(_) | Self::Metrics(_) => 2,
             Self::Protocol(_) => 4,
             Self::Listen(error) if error.is_usage() => 2,
             Self::WatcherUnconfined | Self::Sandbox(_) => 5,
@@ -110,6 +115,7 @@ pub fn check(arguments: &Arguments) -> Result<Plan, ServeError> {
     control_place(arguments)?.map(examine).transpose()?;
     let BuiltDevice { plan, .. } = build_device(arguments)?;
     source.examine()?;
+    arguments.metrics_file.as_deref().map(MetricsFile::open).transpose()?;
     confine(arguments)?.confine_thread(ThreadKind::Main)?;
     Ok(plan)
 }
@@ -166,12 +172,19 @@ fn serve_controlled(
     let start_watcher = || Watcher::start(&files, arguments.confined());
     let mut watcher = is_needed.then(start_watcher).transpose().map_err(ServeError::Watcher)?;
 
-    let BuiltDevice { device, endpoints, iommufd, .. } = build_device(arguments)?;
+    let metrics = arguments.metrics_file.as_deref().map(MetricsFile::open).transpose()?;
+    let BuiltDevice { device, endpoints, iommufd, host_time, .. } = build_device(arguments)?;
     if watcher.as_mut().is_some_and(|watcher| !watcher.is_confined()) {
         return Err(ServeError::WatcherUnconfined);
     }
     let options = BackendOptions { on_stop: arguments.on_stop, polling: arguments.poll_us };
     let backend = Arc::new(IommuBackend::new(device, options).map_err(ServeError::Events)?);
+    if let Some(host_time) = host_time {
+        backend.measure(host_time);
+    }
+    if let Some(metrics) = &metrics {
+        metrics.begin(&backend)?;
+    }
     let pluggable = Pluggable {
         files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
         keeper: watcher.map(|watcher| Box::new(watcher) as Box<dyn Keeper>),
@@ -179,7 +192,7 @@ fn serve_controlled(
         directory: nodes::DIRECTORY.into(),
     };
     let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
-    let result = serve_endpoints(arguments, source, readiness, &backend, &registry, control);
+    let result = serve_endpoints(arguments, source, readiness, &backend, &registry, control, metrics);
     // What was to be let go was.
     registry.close();
     result
@@ -193,6 +206,7 @@ fn serve_endpoints(
     backend: &Arc<IommuBackend>,
     registry: &Arc<Registry>,
     control: Option<UnixListener>,
+    metrics: Option<MetricsFile>,
 ) -> Result<(), ServeError> {
     let can_add = control.is_some();
     let is_watched = !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists();
@@ -211,6 +225,8 @@ fn serve_endpoints(
     if let Some(control) = control {
         sandbox.spawn(ThreadKind::Control, "control", move || control.run())?;
     }
+    let interval = Duration::from_secs(arguments.metrics_interval.into());
+    let _metrics = metrics.map(|metrics| metrics.keep(sandbox, backend, interval)).transpose()?;
     relay.map_or(Ok(()), |relay| relay.start(sandbox))?;
     let waiting = Waiting::start(sandbox, backend, listener, signals)?;
     sandbox.confine_thread(ThreadKind::Main)?;
@@ -236,7 +252,7 @@ fn confine(arguments: &Arguments) -> Result<Sandbox, SandboxError> {
         return Ok(Sandbox::off());
     };
     let sockets = arguments.socket_path.iter().chain(&arguments.control_path).cloned();
-    Sandbox::enter(mode, &sockets.collect::<Vec<_>>())
+    Sandbox::enter(mode, &sockets.collect::<Vec<_>>(), arguments.metrics_file.as_deref())
 }
 
 /// Has endpoints removed whose devices the host wants back; for ever, if more can be added.

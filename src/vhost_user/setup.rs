@@ -17,6 +17,7 @@ use crate::device::{self, Settings, VirtioIommu};
 use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
 use crate::host::iommufd::{Iommufd, IommufdGroup, VfioDevice};
+use crate::host::timed::{HostTime, TimedGroup};
 use crate::id::{EndpointId, PciAddress};
 use crate::range::IovaRange;
 use crate::reserved::HostFacts;
@@ -200,6 +201,8 @@ pub struct BuiltDevice {
     pub endpoints: Vec<AssignedDevice>,
     /// The iommufd, if one was passed.
     pub iommufd: Option<Arc<Iommufd>>,
+    /// The time that calls of the host take, if anybody can ask for it.
+    pub host_time: Option<Arc<HostTime>>,
 }
 
 /// Makes the device that the arguments ask for.
@@ -240,8 +243,13 @@ pub fn build_device(arguments: &Arguments) -> Result<BuiltDevice, SetupError> {
         assigned.iter().zip(&plan.endpoints).map(|(assigned, planned)| assigned.with_plan(planned)).collect();
     let views = plan.endpoints.iter().map(|planned| (planned.id, planned.view.clone())).collect();
     let iommufd = iommufd.map(|Adopted { file, .. }| Iommufd::new(file)).transpose()?.map(Arc::new);
-    let groups = iommufd.as_ref().map_or_else(Vec::new, |iommufd| form_groups(iommufd, assigned));
-    Ok(BuiltDevice { device: VirtioIommu::new(settings, views, groups)?, plan, endpoints, iommufd })
+    let mut groups = iommufd.as_ref().map_or_else(Vec::new, |iommufd| form_groups(iommufd, assigned));
+    let host_time = arguments.is_measured().then(Arc::<HostTime>::default);
+    if let Some(time) = &host_time {
+        let timed = |group| -> Arc<dyn HostGroup> { Arc::new(TimedGroup::new(group, Arc::clone(time))) };
+        groups = groups.into_iter().map(timed).collect();
+    }
+    Ok(BuiltDevice { device: VirtioIommu::new(settings, views, groups)?, plan, endpoints, iommufd, host_time })
 }
 
 /// The operator's policy. Without an endpoint to say how far addresses go, and without the operator, the guest is offered as many as

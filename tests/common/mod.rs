@@ -108,13 +108,24 @@ impl Machine {
         Self { memory, frontend, kicks: [event(), event()], call: event(), available: 0, used: 0 }
     }
 
+    /// The same guest, of which another front end has the memory too now, over a connection to another backend.
+    pub fn moved(&self, stream: UnixStream) -> Self {
+        let Self { available, used, .. } = *self;
+        Self { available, used, ..Self::over(stream, self.memory.clone()) }
+    }
+
     /// Sets features, memory and the request ring, and starts it from the driver's place.
     pub fn start(&mut self) {
+        self.start_from(self.available);
+    }
+
+    /// Sets features, memory and the request ring, and starts it at a base.
+    pub fn start_from(&mut self, base: u16) {
         // Without EVENT_IDX: this driver does not write used_event.
         let features = self.frontend.get_features().unwrap() & !(1 << 29);
         self.frontend.set_features(features).unwrap();
         self.set_memory();
-        self.start_ring(self.available);
+        self.start_ring(base);
     }
 
     /// Gives the backend the guest's memory.
@@ -237,17 +248,31 @@ impl Machine {
         self.kicks[0].write(1).unwrap();
     }
 
+    /// Sends two requests that are answered with a status each, by one kick. Of the answers only the last is read.
+    pub fn post_two(&mut self, first: &[u8], second: &[u8]) {
+        self.post_at(0x800, first, 4);
+        self.post_quietly(second, 4);
+        self.kick();
+    }
+
     /// Makes a request available without a kick.
     pub fn post_quietly(&mut self, request: &[u8], writable: u32) {
-        self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
-        self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(REPLY)).unwrap();
+        self.post_at(0, request, writable);
+    }
+
+    /// Makes a request available whose buffers are so far from where they usually are.
+    fn post_at(&mut self, offset: u64, request: &[u8], writable: u32) {
+        let (to, from) = (REQUEST + offset, REPLY + offset);
+        self.memory.write_slice(request, GuestAddress(to)).unwrap();
+        self.memory.write_slice(&vec![0xaa; writable as usize], GuestAddress(from)).unwrap();
+        let head: u16 = if offset == 0 { 0 } else { 2 };
         let descriptors =
-            [Descriptor::new(REQUEST, request.len() as u32, NEXT, 1), Descriptor::new(REPLY, writable, WRITE, 0)];
-        for (index, descriptor) in descriptors.iter().enumerate() {
-            self.memory.write_obj(*descriptor, GuestAddress(DESCRIPTORS + 16 * index as u64)).unwrap();
+            [Descriptor::new(to, request.len() as u32, NEXT, head + 1), Descriptor::new(from, writable, WRITE, 0)];
+        for (index, descriptor) in (u64::from(head)..).zip(descriptors) {
+            self.memory.write_obj(descriptor, GuestAddress(DESCRIPTORS + 16 * index)).unwrap();
         }
         let slot = u64::from(self.available % RING_SIZE);
-        self.memory.write_obj(0u16, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
+        self.memory.write_obj(head.to_le(), GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
         self.available = self.available.wrapping_add(1);
         let order = std::sync::atomic::Ordering::Release;
         self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();

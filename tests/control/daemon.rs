@@ -134,6 +134,41 @@ fn a_guest_and_an_operator_are_served_together() {
 }
 
 #[test]
+fn how_long_requests_took_is_shown_to_people_and_programs() {
+    let daemon = Daemon::start();
+    let mut machine = Machine::connect(&daemon.directory.path().join("socket"), guest_memory(MEMORY_SIZE));
+    machine.start();
+    for _ in 0..3 {
+        assert_eq!(machine.send(&common::attach(1, FIRST.0, 0)), NOENT);
+    }
+    let status = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_viommuctl"));
+        let output = command.arg("status").args(options).arg("--control").arg(daemon.control()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json: Value = serde_json::from_str(&status(&["--json"])).unwrap();
+    let attach = &json["stats"]["attach"];
+    assert_eq!((&attach["failed"], &attach["statuses"]), (&json!(3), &json!({ "NOENT": 3 })));
+    for part in ["waiting", "own", "host"] {
+        let durations = &attach["times"][part];
+        assert_eq!(durations["count"], 3, "{attach}");
+        let buckets = durations["buckets"].as_array().unwrap();
+        assert_eq!(buckets.iter().map(|bucket| bucket["count"].as_u64().unwrap()).sum::<u64>(), 3, "{attach}");
+        let ends: u64 =
+            buckets.iter().map(|bucket| bucket["up_to_ns"].as_u64().unwrap() * bucket["count"].as_u64().unwrap()).sum();
+        assert!(durations["sum_ns"].as_u64().unwrap() <= ends, "{attach}");
+    }
+    assert!(attach["times"]["own"]["sum_ns"].as_u64().unwrap() > 0, "{attach}");
+    assert_eq!(json["stats"]["map"]["times"]["own"], json!({ "count": 0, "sum_ns": 0, "buckets": [] }));
+
+    let table = status(&[]);
+    let row = table.lines().find(|line| line.trim_start().starts_with("ATTACH")).unwrap_or_else(|| panic!("{table}"));
+    assert!(row.contains("s, ") && row.contains("3 NOENT") && !row.contains("not measured"), "{table}");
+    daemon.end();
+}
+
+#[test]
 fn a_socket_that_is_passed_is_served() {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("passed")).unwrap();

@@ -81,6 +81,14 @@ fn levels_are_the_options_or_the_environments() {
     assert_eq!(said(Start::with(&["--log-level=trace"]).environment("RUST_LOG", "virtio_iommu=error")), "");
 }
 
+#[test]
+fn a_request_is_a_line_with_what_it_asks_for_how_it_ended_and_how_long_it_took() {
+    let said = said(Start::with(&["--log-level=debug"]));
+    let line = said.lines().find(|line| line.contains("virtio_iommu::requests")).expect("a line for the request");
+    assert!(line.contains("ATTACH") && line.contains("NOENT") && line.contains("0000:00:01.0"), "{line}");
+    assert!(line.contains("; it waited ") && line.contains("s, took ") && line.contains("s, and the host "), "{line}");
+}
+
 /// How long a frontend had, and what was logged, while it did something many times.
 fn flooded(flood: impl FnOnce(&mut Machine)) -> (usize, String) {
     let place = Place::new();
@@ -119,7 +127,10 @@ fn a_guest_that_stops_and_starts_without_end_fills_no_log() {
     });
     let lines = said.lines().count();
     assert!(said.contains("the guest goes on"), "{said}");
-    assert!(lines <= 11 * seconds + 20, "{lines} lines in {seconds} s");
+    // Requests have a limit of their own.
+    assert!(lines <= 2 * 11 * seconds + 20, "{lines} lines in {seconds} s");
+    let requests = said.lines().filter(|line| line.contains("ATTACH")).count();
+    assert!(requests > 0 && requests <= 11 * seconds, "{requests} requests in {seconds} s");
 }
 
 /// What the library that speaks the protocol logs of it is limited too, or ends the connection.

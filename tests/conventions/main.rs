@@ -10,6 +10,7 @@ mod exit_codes;
 mod host;
 mod install;
 mod log;
+mod metrics;
 mod options;
 mod readiness;
 mod sockets;

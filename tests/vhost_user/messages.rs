@@ -63,7 +63,7 @@ fn known() -> Vec<Known> {
         known(ADD_MEM_REG, new, 1, Done),
         // The files of this one are closed and not looked at.
         Known { code: REM_MEM_REG, body: region(&[0, SIZE, USER, 0]), files: None, answer: Done },
-        // Answered with a refusal, although it was not negotiated.
+        // Answered with a refusal: an event is no pipe.
         known(42, ring(0, 0), 1, Bytes(8)),
     ]
 }

@@ -6,7 +6,7 @@
 //! they are wrong. The library's own threads serve the connection and the ring.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, PipeWriter, Read, Write, pipe};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
@@ -22,7 +22,9 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::Error as DaemonError;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::fake::{Attachment, FakeHost, Flavour};
+use virtio_iommu::host::{AttachError, HostError, HostGroup, IoPageTable};
 use virtio_iommu::id::EndpointId;
+use virtio_iommu::memory::GuestRam;
 use virtio_iommu::queue::Polling;
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
@@ -40,6 +42,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const GET_FEATURES: u32 = 1;
 const SET_MEM_TABLE: u32 = 5;
 const ADD_MEM_REG: u32 = 37;
+const SET_DEVICE_STATE_FD: u32 = 42;
+/// The direction in which a state comes to the backend.
+const LOAD: u8 = 1;
+/// What a guest made that this backend could take over.
+const STATE: &[u8] = br#"{"version":1,"told":{"page_size_mask":1075843072,"input_range":[0,1099511627775],"domain_range":[0,4294967295],"probe_size":1536,"endpoints":[{"id":8,"regions":[{"first":4276092928,"last":4277141503,"msi":true}]}]},"request_queue":null,"device":{"version":1,"driver_features":4294967296,"bypass":true,"domains":[{"id":1,"bypass":false,"endpoints":[8],"mappings":[{"first":4096,"last":8191,"physical":0,"read":true,"write":false}]}],"faults":[]}}"#;
 /// Steps that are no messages: a kick, and a request in the ring.
 const KICK: u8 = 0xfd;
 const REQUEST: u8 = 0xfe;
@@ -97,6 +104,40 @@ fn would_wrap(code: u32, body: &[u8]) -> bool {
     code == ADD_MEM_REG && word(2).zip(word(3)).is_some_and(|(size, user)| user.checked_add(size).is_none())
 }
 
+/// A group of the model's whose device is taken for an emulated one.
+#[derive(Debug)]
+struct Emulated(Arc<dyn HostGroup>);
+
+impl HostGroup for Emulated {
+    fn members(&self) -> &[EndpointId] {
+        self.0.members()
+    }
+
+    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
+        self.0.new_table()
+    }
+
+    fn can_share(&self, table: &dyn IoPageTable) -> bool {
+        self.0.can_share(table)
+    }
+
+    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
+        self.0.attach(table)
+    }
+
+    fn block(&self) {
+        self.0.block();
+    }
+
+    fn memory_changed(&self, ram: &GuestRam) {
+        self.0.memory_changed(ram);
+    }
+
+    fn can_migrate(&self) -> bool {
+        true
+    }
+}
+
 struct Run {
     host: FakeHost,
     backend: Arc<IommuBackend>,
@@ -118,7 +159,7 @@ impl Run {
         let usable = RangeSet::from(IovaRange::ALL).subtract(&RangeSet::from(msi));
         let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).expect("a view");
         let settings = Settings::new("0-ffffffffff".parse().expect("a range"), 0x1000);
-        let groups = vec![host.group(&[ENDPOINT], usable)];
+        let groups: Vec<Arc<dyn HostGroup>> = vec![Arc::new(Emulated(host.group(&[ENDPOINT], usable)))];
         let device = VirtioIommu::new(settings, vec![(ENDPOINT, view)], groups).expect("a device");
         let options = BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off };
         let backend = Arc::new(IommuBackend::new(device, options).expect("a backend"));
@@ -178,15 +219,37 @@ impl Run {
             _ => files,
         };
         let is_memory = matches!(code, SET_MEM_TABLE | ADD_MEM_REG) != step.wrong_files;
-        let file = if is_memory { self.memory.as_raw_fd() } else { self.event.as_raw_fd() };
+        let (reader, writer) = pipe().expect("a pipe");
+        let file = match code {
+            SET_DEVICE_STATE_FD if body.first() == Some(&LOAD) => reader.as_raw_fd(),
+            SET_DEVICE_STATE_FD => writer.as_raw_fd(),
+            _ if is_memory => self.memory.as_raw_fd(),
+            _ => self.event.as_raw_fd(),
+        };
         if !self.send(code, claimed, &body, &vec![file; count]) {
             return false;
         }
+        if code == SET_DEVICE_STATE_FD && body.first() == Some(&LOAD) {
+            self.send_state(writer, step);
+        }
+        drop(reader);
         if claimed as usize > body.len() {
             // What follows can be taken for the rest of it, and what follows that be waited for: nothing does.
             self.stream.shutdown(Shutdown::Write).expect("a connection");
         }
         self.is_heard()
+    }
+
+    /// Writes a state as it could be, but for the bytes that the step changes. All of it fits a pipe.
+    fn send_state(&self, mut writer: PipeWriter, step: &Step<'_>) {
+        let mut state = STATE.to_vec();
+        for [at, value] in step.patches.iter().skip(1) {
+            if let Some(byte) = state.get_mut(2 * usize::from(*at)) {
+                *byte = *value;
+            }
+        }
+        // It may be refused, and closed, already.
+        let _ = writer.write_all(&state);
     }
 
     fn send(&self, code: u32, length: u32, body: &[u8], files: &[RawFd]) -> bool {
@@ -347,6 +410,36 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("header-lies", add(&[vec![9, 7, 0, 0]])),
         ("short", [start.clone(), vec![5, 5, 0, 0]].concat()),
         ("ring-elsewhere", add(&[vec![9, 0, 0, 2, 10, 0xff, 11, 0], request(3)])),
-        ("region-beyond-its-file", [start, vec![37, 0, 0, 1, 34, 1]].concat()),
+        ("region-beyond-its-file", [start.clone(), vec![37, 0, 0, 1, 34, 1]].concat()),
+        ("state-saved", add(&[message(11), message(42), message(43)])),
+        ("state-loaded", [loaded(), start, request(7)].concat()),
+        // Another digit of a version, and of a mapping.
+        ("state-of-another-version", [vec![42, 0, 0, 2, 0, LOAD, 6, b'2'], message(43)].concat()),
+        ("state-that-cannot-be", [vec![42, 0, 0, 2, 0, LOAD, 210, b'9'], message(43)].concat()),
     ]
+}
+
+/// Steps by which the backend takes a state.
+fn loaded() -> Vec<u8> {
+    vec![42, 0, 0, 1, 0, LOAD, 43, 0, 0, 0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_is_one_that_the_backend_takes() {
+        let mut run = Run::new();
+        assert!(run.is_heard());
+        let input = [&loaded()[..], &[5, 0, 0, 0]].concat();
+        let mut input = &input[..];
+        while let Some(step) = Step::take(&mut input) {
+            assert!(run.step(&step));
+        }
+        run.check();
+        let mapped: Vec<_> = run.host.mappings(ENDPOINT).iter().map(|mapping| mapping.iova.start()).collect();
+        assert_eq!(mapped, [0x1000]);
+        run.end();
+    }
 }
