@@ -98,6 +98,8 @@ fn serve(stream: &UnixStream, asked: &Mutex<Vec<Asked>>, answer: &impl Fn(&str, 
         if lines.is_empty() {
             return;
         }
-        lines.iter().for_each(|line| voice.line(line));
+        for line in lines {
+            voice.line(&line);
+        }
     }
 }

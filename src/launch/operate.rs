@@ -53,6 +53,8 @@ pub enum Operation {
     /// returned.
     Add(AddArguments),
     /// Takes endpoints away. When this returns, the daemon has let their devices go.
+    ///
+    /// With --qmp one after the other, each when QEMU has it no more: what was removed and what was not is said.
     Remove {
         /// The endpoints, as the guest has them.
         #[arg(required = true, value_name = "BDF")]
@@ -60,7 +62,7 @@ pub enum Operation {
         /// The daemon that is asked.
         #[command(flatten)]
         daemon: Daemon,
-        /// QEMU's monitor: first the guest is asked to let the devices go, and waited for.
+        /// QEMU's monitor: first the guest is asked to let each device go, and waited for up to 30 seconds.
         #[arg(long, value_name = "PATH")]
         qmp: Option<PathBuf>,
     },

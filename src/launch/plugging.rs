@@ -102,9 +102,10 @@ pub(super) fn plug_all(client: &mut Client, monitor: &mut Qmp, plugs: &[Plug<'_>
         }
         let (plugged, others) = order.split_at(at);
         let left = take_back(client, monitor, plugged, others);
-        return Err(match left.is_empty() {
-            true => PlugError::Refused { device, source },
-            false => PlugError::Left { device, left, source },
+        return Err(if left.is_empty() {
+            PlugError::Refused { device, source }
+        } else {
+            PlugError::Left { device, left, source }
         });
     }
     Ok(())
@@ -144,14 +145,11 @@ const fn is_lost(error: &QmpError) -> bool {
 
 /// Takes endpoints from the daemon; with a monitor, each after the guest has let its device go.
 pub(super) fn remove(client: &mut Client, endpoints: &[EndpointId], qmp: Option<&Path>) -> Result<(), OperateError> {
-    match qmp {
-        Some(path) => Ok(unplug_all(client, &mut Qmp::connect(path)?, endpoints)?),
-        None => {
-            let siblings = forget(client, endpoints)?;
-            tell_siblings(&siblings);
-            Ok(())
-        }
+    if let Some(path) = qmp {
+        return Ok(unplug_all(client, &mut Qmp::connect(path)?, endpoints)?);
     }
+    tell_siblings(&forget(client, endpoints)?);
+    Ok(())
 }
 
 fn unplug_all(client: &mut Client, monitor: &mut Qmp, endpoints: &[EndpointId]) -> Result<(), PlugError> {
@@ -240,9 +238,10 @@ mod tests {
             while stream.read_line(&mut line).unwrap_or(0) > 0 {
                 let message: Value = serde_json::from_str(&std::mem::take(&mut line)).unwrap();
                 let endpoints = message["request"]["remove"]["endpoints"].clone();
-                let reply = match is_willing {
-                    true => json!({ "removed": { "endpoints": endpoints, "siblings": [] } }),
-                    false => json!({ "refused": { "kind": "host", "message": "not now" } }),
+                let reply = if is_willing {
+                    json!({ "removed": { "endpoints": endpoints, "siblings": [] } })
+                } else {
+                    json!({ "refused": { "kind": "host", "message": "not now" } })
                 };
                 removed.push(endpoints);
                 writeln!(stream.get_mut(), "{}", json!({ "version": 1, "reply": reply })).unwrap();

@@ -44,6 +44,8 @@ impl Default for Patience {
 pub struct Qmp {
     lines: Lines,
     patience: Patience,
+    /// A command was not answered: the next answer may be to that.
+    is_out_of_step: bool,
     /// The devices that QEMU said are gone.
     deleted: Vec<String>,
     /// The devices that QEMU said the guest does not let go.
@@ -150,7 +152,8 @@ impl Qmp {
             Ok(stream)
         });
         let stream = stream.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
-        let mut qmp = Self { lines: Lines::new(stream), patience, deleted: Vec::new(), kept: Vec::new() };
+        let mut qmp =
+            Self { lines: Lines::new(stream), patience, is_out_of_step: false, deleted: Vec::new(), kept: Vec::new() };
         // The greeting.
         qmp.next(Instant::now() + patience.answer)?;
         qmp.execute("qmp_capabilities", &json!({}), &[])?;
@@ -255,8 +258,13 @@ impl Qmp {
         arguments: &Value,
         files: &[BorrowedFd<'_>],
     ) -> Result<Value, QmpError> {
+        if self.is_out_of_step {
+            return Err(QmpError::Broken(io::Error::other("it did not answer the command before")));
+        }
         self.send(command, arguments, files)?;
-        self.answer(command, Instant::now() + self.patience.answer)
+        let answer = self.answer(command, Instant::now() + self.patience.answer);
+        self.is_out_of_step = matches!(answer, Err(QmpError::Broken(_) | QmpError::Format(_)));
+        answer
     }
 
     fn send(&self, command: &'static str, arguments: &Value, files: &[BorrowedFd<'_>]) -> Result<(), QmpError> {
@@ -406,6 +414,25 @@ mod tests {
             // Whether QEMU still needs the file is not known.
             assert_eq!(monitor.commands(), ["getfd", "device_add"]);
         }
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_that_to_the_next_command() {
+        let monitor = FakeMonitor::new(|command, _, _| match command {
+            "device_add" => vec![refused("GenericError", "no room")],
+            "closefd" => {
+                std::thread::sleep(Duration::from_millis(300));
+                vec![DONE.to_owned()]
+            }
+            _ => vec![DONE.to_owned()],
+        });
+        let mut qmp =
+            Qmp::connect_with(&monitor.path(), Patience { answer: Duration::from_millis(100), ..SHORT }).unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let plug = Plug { guest: guest(), bus: "viommu-port1", file: file.as_fd(), is_one_of_several: false };
+        assert!(matches!(qmp.plug(&plug), Err(QmpError::Refused { .. })));
+        assert!(matches!(qmp.unplug(guest()), Err(QmpError::Broken(_))));
+        assert_eq!(monitor.commands(), ["getfd", "device_add", "closefd"]);
     }
 
     #[test]

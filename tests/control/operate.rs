@@ -181,7 +181,9 @@ fn monitor(bench: &Bench, says: Says) -> String {
                 if answers.is_empty() {
                     break;
                 }
-                answers.iter().for_each(|answer| writeln!(stream.get_mut(), "{answer}").unwrap());
+                for answer in answers {
+                    writeln!(stream.get_mut(), "{answer}").unwrap();
+                }
             }
         }
     });
@@ -294,7 +296,7 @@ fn a_monitor_that_hangs_up_leaves_the_endpoints_as_they_are() {
     let bench = bench_of_two();
     let path = monitor(&bench, |_, _| Vec::new());
     let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
-    assert!(code == 1 && said.contains("QEMU's monitor does not answer"), "{said}");
+    assert!(code == 1 && said.matches("QEMU's monitor does not answer").count() == 1, "{said}");
     assert!(said.contains("0000:01:00.0 0000:02:00.0 not removed, but left to the daemon; removed: none"), "{said}");
     assert_eq!(added(&bench), [NEW_TEXT, OTHER_TEXT]);
 }
