@@ -431,6 +431,8 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap();
         let plug = Plug { guest: guest(), bus: "viommu-port1", file: file.as_fd(), is_one_of_several: false };
         assert!(matches!(qmp.plug(&plug), Err(QmpError::Refused { .. })));
+        // It comes meanwhile.
+        std::thread::sleep(Duration::from_millis(400));
         assert!(matches!(qmp.unplug(guest()), Err(QmpError::Broken(_))));
         assert_eq!(monitor.commands(), ["getfd", "device_add", "closefd"]);
     }
