@@ -4,10 +4,14 @@
 
 pub mod check;
 mod directory;
+#[cfg(test)]
+mod fake_monitor;
 pub mod inspect;
+mod lines;
 pub mod memlock;
 pub mod operate;
 pub mod picture;
+pub mod plugging;
 pub mod qemu;
 pub mod qmp;
 mod run;

@@ -12,8 +12,9 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::inspect::{Inspection, UsableError, inspect};
+use super::plugging::{self, PlugError};
 use super::qemu::port_of_bus;
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Plug, Qmp, QmpError};
 use super::show::table;
 use super::status;
 use crate::control::protocol::{Addition, Address, Device, Fault, FaultReason, Level, Mapping, Reply, Request};
@@ -51,6 +52,8 @@ pub enum Operation {
     /// returned.
     Add(AddArguments),
     /// Takes endpoints away. When this returns, the daemon has let their devices go.
+    ///
+    /// With --qmp one after the other, each when QEMU has it no more: what was removed and what was not is said.
     Remove {
         /// The endpoints, as the guest has them.
         #[arg(required = true, value_name = "BDF")]
@@ -58,7 +61,7 @@ pub enum Operation {
         /// The daemon that is asked.
         #[command(flatten)]
         daemon: Daemon,
-        /// QEMU's monitor: first the guest is asked to let the devices go, and waited for.
+        /// QEMU's monitor: first the guest is asked to let each device go, and waited for up to 30 seconds.
         #[arg(long, value_name = "PATH")]
         qmp: Option<PathBuf>,
     },
@@ -176,9 +179,9 @@ pub enum OperateError {
     /// QEMU.
     #[error(transparent)]
     Qmp(#[from] QmpError),
-    /// QEMU, after the daemon had the device.
-    #[error("the endpoints were taken away again, as the guest cannot have them")]
-    NotPlugged(#[source] QmpError),
+    /// Devices that were not plugged, or not removed.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// The output is gone.
     #[error("cannot write")]
     Output(#[source] io::Error),
@@ -190,7 +193,7 @@ impl OperateError {
         match self {
             Self::Usage(_) | Self::File(_) => 2,
             Self::Gather(_) | Self::Sysfs(_) | Self::Unusable { .. } | Self::Open { .. } => 3,
-            Self::Daemon(_) | Self::Unexpected | Self::Qmp(_) | Self::NotPlugged(_) | Self::Output(_) => 1,
+            Self::Daemon(_) | Self::Unexpected | Self::Qmp(_) | Self::Plug(_) | Self::Output(_) => 1,
         }
     }
 }
@@ -207,7 +210,9 @@ impl Operation {
         match self {
             Self::Status { daemon, json } => show(&daemon, json),
             Self::Add(arguments) => arguments.add(),
-            Self::Remove { endpoints, daemon, qmp } => remove(&daemon, &endpoints, qmp.as_deref()),
+            Self::Remove { endpoints, daemon, qmp } => {
+                plugging::remove(&mut daemon.client()?, &endpoints, qmp.as_deref())
+            }
             Self::Faults { daemon, follow, after, json } => faults(&daemon, after, follow, json),
             Self::Mappings { domain, daemon, json } => mappings(&daemon, domain, json),
             Self::Told { daemon, json } => told(&daemon, json),
@@ -245,39 +250,20 @@ fn show(daemon: &Daemon, json: bool) -> Done {
     print(&status::show(&endpoints, &stats))
 }
 
-fn remove(daemon: &Daemon, endpoints: &[EndpointId], qmp: Option<&Path>) -> Done {
-    let mut client = daemon.client()?;
-    if let Some(path) = qmp {
-        let mut qmp = Qmp::connect(path)?;
-        for endpoint in endpoints {
-            qmp.unplug((*endpoint).into())?;
-        }
-    }
-    let request = Request::Remove { endpoints: endpoints.iter().copied().map(Text).collect() };
-    let Reply::Removed(removal) = client.ask(request)? else { return Err(OperateError::Unexpected) };
-    for sibling in removal.siblings {
-        eprintln!(
-            "viommuctl: {} of the same host group stays: until the host has the devices back, they reach what it reaches",
-            sibling.0
-        );
-    }
-    Ok(())
-}
-
 fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
     let mut client = daemon.client()?;
     let Reply::Faults(faults) = client.ask(Request::Faults { after, follow })? else {
         return Err(OperateError::Unexpected);
     };
     let show = |fault: &Fault| if json { json_line(fault) } else { show_fault(fault) };
-    let mut last = after;
     for fault in &faults.faults {
         print(&show(fault))?;
-        last = fault.number;
     }
     if !follow {
         return Ok(());
     }
+    // Those that follow are all after these. What is missing before was forgotten, with the endpoint or for later ones.
+    let mut last = faults.recorded;
     loop {
         let fault = match client.next_reply() {
             Ok(Reply::Fault(fault)) => fault,
@@ -286,7 +272,7 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
             Err(error) => return Err(error.into()),
         };
         let missing = fault.number.saturating_sub(last).saturating_sub(1);
-        if missing > 0 && last > 0 {
+        if missing > 0 {
             eprintln!("viommuctl: {missing} faults came too fast to be shown");
         }
         last = fault.number;
@@ -378,19 +364,16 @@ impl AddArguments {
         let (addition, nodes) = self.gather()?;
         let files = self.files(&nodes)?;
         let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        let ids: Vec<Text<EndpointId>> = addition.devices.iter().map(|device| device.id).collect();
         let Reply::Added(_) = client.ask_with_files(Request::Add(addition), &borrowed)? else {
             return Err(OperateError::Unexpected);
         };
         let Some(monitor) = &mut monitor else { return Ok(()) };
-        for (guest, file) in self.guest.iter().zip(&borrowed) {
-            let bus = self.bus.clone().or_else(|| port_of_bus(guest.bus())).unwrap_or_default();
-            if let Err(error) = monitor.plug(*guest, &bus, *file) {
-                client.ask(Request::Remove { endpoints: ids })?;
-                return Err(OperateError::NotPlugged(error));
-            }
-        }
-        Ok(())
+        let bus = |guest: PciAddress| self.bus.clone().or_else(|| port_of_bus(guest.bus())).unwrap_or_default();
+        let buses: Vec<String> = self.guest.iter().map(|guest| bus(*guest)).collect();
+        let places = self.guest.iter().zip(&buses).zip(&borrowed);
+        let plugs: Vec<Plug<'_>> =
+            places.map(|((guest, bus), file)| Plug::new(*guest, bus, *file, &self.guest)).collect();
+        Ok(plugging::plug_all(&mut client, monitor, &plugs)?)
     }
 
     /// The devices' files: those that were passed, or opened here.
@@ -422,6 +405,12 @@ impl AddArguments {
             return usage(
                 "devices cannot be plugged into the root bus: use 01:00.0 and on with `run --hotplug`, or give --bus",
             );
+        }
+        let unseen = self.qmp.as_ref().and_then(|_| plugging::without_function_0(&self.guest));
+        if let Some(unseen) = unseen {
+            return Err(OperateError::Usage(format!(
+                "the guest would not see {unseen} without a function 0 that comes with it: give that too, or a port for each device"
+            )));
         }
         Ok(())
     }

@@ -124,6 +124,35 @@ fn faults_are_followed_until_the_daemon_ends() {
 }
 
 #[test]
+fn only_faults_that_were_followed_can_have_come_too_fast() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let fault = |number: u64| {
+        json!({ "version": 1, "reply": { "fault": { "number": number, "time": 0, "endpoint": FIRST_TEXT, "reason": "domain",
+            "address": null, "read": true, "write": false } } })
+    };
+    // The daemon has forgotten 2 to 5.
+    let known = json!({ "version": 1, "reply": { "faults": { "recorded": 5, "faults": [] } } });
+    for (followed, missing) in [(vec![6, 7], None), (vec![6, 9], Some("2 faults")), (vec![7], Some("1 faults"))] {
+        let mut command = viommuctl(&["faults", "--follow", "--after", "1"]);
+        command.arg("--control").arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let follower = command.spawn().unwrap();
+        let mut daemon = BufReader::new(listener.accept().unwrap().0);
+        daemon.read_line(&mut String::new()).unwrap();
+        for line in std::iter::once(known.clone()).chain(followed.iter().map(|number| fault(*number))) {
+            writeln!(daemon.get_mut(), "{line}").unwrap();
+        }
+        drop(daemon);
+        let said = String::from_utf8(follower.wait_with_output().unwrap().stderr).unwrap();
+        match missing {
+            None => assert_eq!(said, ""),
+            Some(text) => assert!(said.contains(text) && said.lines().count() == 1, "{said}"),
+        }
+    }
+}
+
+#[test]
 fn endpoints_are_removed() {
     let bench = Bench::new();
     let (_, closed) = bench.add(&addition());
@@ -134,6 +163,148 @@ fn endpoints_are_removed() {
     assert!(closed[0].is_closed());
 }
 
+/// What a monitor says to commands about devices, which it has by names.
+type Says = fn(command: &str, id: &str) -> Vec<Value>;
+
+/// A monitor that says so, to one client after the other, or hangs up.
+fn monitor(bench: &Bench, says: Says) -> String {
+    let path = bench.directory.path().join("qmp");
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            writeln!(stream.get_mut(), "{}", json!({ "QMP": {} })).unwrap();
+            let mut line = String::new();
+            while stream.read_line(&mut line).unwrap_or(0) > 0 {
+                let message: Value = serde_json::from_str(&std::mem::take(&mut line)).unwrap();
+                let answers = match message["execute"].as_str().unwrap() {
+                    "qmp_capabilities" => vec![done()],
+                    command => says(command, message["arguments"]["id"].as_str().unwrap_or_default()),
+                };
+                if answers.is_empty() {
+                    break;
+                }
+                for answer in answers {
+                    writeln!(stream.get_mut(), "{answer}").unwrap();
+                }
+            }
+        }
+    });
+    path.to_str().unwrap().to_owned()
+}
+
+fn done() -> Value {
+    json!({ "return": {} })
+}
+
+fn unplugged(id: &str) -> Vec<Value> {
+    vec![done(), json!({ "event": "DEVICE_DELETED", "data": { "device": id, "path": "x" } })]
+}
+
+/// QEMU has no device by that name, and at its place there is this one.
+fn no_device(command: &str, devices: &Value) -> Vec<Value> {
+    match command {
+        "query-pci" => vec![json!({ "return": [{ "bus": 0, "devices": devices }] })],
+        _ => vec![json!({ "error": { "class": "DeviceNotFound", "desc": "Device not found" } })],
+    }
+}
+
+/// The endpoints that the daemon has besides the first.
+fn added(bench: &Bench) -> Vec<String> {
+    let reply = bench.ask(&json!("list"));
+    let ids = reply["endpoints"].as_array().unwrap().iter().map(|endpoint| endpoint["id"].as_str().unwrap().to_owned());
+    ids.filter(|id| id != FIRST_TEXT).collect()
+}
+
+/// A bench with two endpoints of groups of their own besides the first.
+fn bench_of_two() -> Bench {
+    let bench = Bench::new();
+    let other = json!({ "group": 8, "vfio_members": ["0000:06:00.0"], "devices": [device(OTHER_TEXT, "0000:06:00.0", "vfio2")] });
+    for addition in [addition(), other] {
+        let (reply, _) = bench.add(&addition);
+        assert!(reply["added"].is_object(), "{reply}");
+    }
+    assert_eq!(added(&bench), [NEW_TEXT, OTHER_TEXT]);
+    bench
+}
+
+#[test]
+fn what_the_guest_has_let_go_is_removed_though_it_keeps_something_else() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |command, id| match (command, id) {
+        ("device_del", "viommu-01-00.0") => unplugged(id),
+        _ => vec![json!({ "error": { "class": "GenericError", "desc": "guest is busy" } })],
+    });
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    assert_eq!(code, 1);
+    for text in [
+        "0000:02:00.0 was not removed: QEMU refuses device_del: guest is busy",
+        "0000:02:00.0 not removed, but left to the daemon; removed: 0000:01:00.0",
+    ] {
+        assert!(said.contains(text), "{said}");
+    }
+    assert_eq!(added(&bench), [OTHER_TEXT]);
+
+    // It can be repeated.
+    let path = monitor(&bench, |command, id| match (command, id) {
+        ("device_del", "viommu-02-00.0") => unplugged(id),
+        _ => no_device(command, &json!([])),
+    });
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    assert!(code == 1 && said.contains("there is no endpoint 0000:01:00.0"), "{said}");
+    assert_eq!(added(&bench), [] as [&str; 0]);
+}
+
+#[test]
+fn what_qemu_has_not_got_is_removed() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |command, _| no_device(command, &json!([])));
+    assert_eq!(well(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]), "");
+    assert_eq!(added(&bench), [] as [&str; 0]);
+
+    // But not what it has by another name, as those that it was started with.
+    let path = monitor(&bench, |command, _| {
+        no_device(command, &json!([{ "bus": 0, "slot": 3, "function": 0, "qdev_id": "viommu-device0" }]))
+    });
+    let (code, _, said) = ask(&bench, &["remove", FIRST_TEXT, "--qmp", &path]);
+    assert!(code == 1 && said.contains("QEMU's `viommu-device0`"), "{said}");
+    assert_eq!(bench.ask(&json!("list"))["endpoints"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_the_guest_let_go_after_the_host_took_it_back_is_removed() {
+    let bench = Bench::new();
+    let path = monitor(&bench, |_, id| unplugged(id));
+    assert_eq!(well(&bench, &["remove", NEW_TEXT, "--qmp", &path]), "");
+}
+
+#[test]
+fn siblings_that_are_removed_together_are_none_that_stay() {
+    let bench = Bench::new();
+    let both = json!({ "group": 7, "vfio_members": ["0000:05:00.0", "0000:05:00.1"],
+        "devices": [device(NEW_TEXT, "0000:05:00.0", "vfio1"), device("0000:01:00.1", "0000:05:00.1", "vfio2")] });
+    let (reply, _) = bench.add(&both);
+    assert!(reply["added"].is_object(), "{reply}");
+    // With function 0, the guest lets the others of its slot go.
+    let path = monitor(&bench, |command, id| match (command, id) {
+        ("device_del", "viommu-01-00.0") => unplugged(id),
+        _ => no_device(command, &json!([])),
+    });
+    assert_eq!(well(&bench, &["remove", NEW_TEXT, "0000:01:00.1", "--qmp", &path]), "");
+    assert_eq!(added(&bench), [] as [&str; 0]);
+}
+
+#[test]
+fn a_monitor_that_hangs_up_leaves_the_endpoints_as_they_are() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |_, _| Vec::new());
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    assert!(code == 1 && said.matches("QEMU's monitor does not answer").count() == 1, "{said}");
+    assert!(said.contains("0000:01:00.0 0000:02:00.0 not removed, but left to the daemon; removed: none"), "{said}");
+    assert_eq!(added(&bench), [NEW_TEXT, OTHER_TEXT]);
+}
+
 #[test]
 fn what_cannot_be_done_is_said_before_anything_is_touched() {
     let bench = Bench::new();
@@ -142,6 +313,7 @@ fn what_cannot_be_done_is_said_before_anything_is_touched() {
         (&["add", "05:00.0", "--guest", "01:00.0,02:00.0"], 2, "as many --guest addresses as devices"),
         (&["add", "05:00.0", "--guest", "00:05.0", "--qmp", "/nowhere"], 2, "cannot be plugged into the root bus"),
         (&["add", "05:00.0", "--guest", "01:00.0", "--qmp", "/nowhere"], 1, "cannot reach QEMU's monitor at /nowhere"),
+        (&["add", "05:00.0", "--guest", "01:00.1", "--qmp", "/nowhere"], 2, "would not see 0000:01:00.1"),
         (&["add", "05:00.0", "--guest", "01:00.0", "--cdev-fd", "8,9"], 2, "as many --cdev-fd numbers"),
         (&["remove", "00:03.0", "--qmp", "/nowhere"], 1, "cannot reach QEMU's monitor at /nowhere"),
         (&["log-level", "loud"], 2, "loud"),
