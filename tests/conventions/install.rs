@@ -56,6 +56,9 @@ fn expected(prefix: &str, units: &str) -> BTreeMap<String, u32> {
         (format!("{units}/vhost-device-iommu@.service"), 0o644),
         (format!("{units}/vhost-device-iommu@.socket"), 0o644),
     ]);
+    for page in ["vhost-device-iommu.8", "viommuctl.8"] {
+        files.insert(format!("{prefix}/share/man/man8/{page}"), 0o644);
+    }
     for document in ["README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE-APACHE", "LICENSE-BSD"] {
         files.insert(format!("{documents}/{document}"), 0o644);
     }

@@ -9,8 +9,11 @@ mod common;
 mod exit_codes;
 mod host;
 mod install;
+mod links;
 mod log;
+mod messages;
 mod options;
+mod pages;
 mod readiness;
 mod sockets;
 
