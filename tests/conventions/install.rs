@@ -91,7 +91,7 @@ fn what_is_installed_is_exactly_that_and_uninstalled_it_is_gone() {
         assert_eq!((&description["binary"], &description["type"]), (&json!(daemon), &json!("iommu")));
         let service = text(&format!("{units}/vhost-device-iommu@.service"));
         assert!(service.contains(&format!("\nExecStart={daemon} ")) && !service.contains("@bindir@"), "{service}");
-        assert!(service.contains(&format!("file:/{prefix}/share/doc/virtio-iommu/README.md")), "{service}");
+        assert!(service.contains(&format!("file:/{prefix}/share/doc/virtio-iommu/docs/operators.md")), "{service}");
         let program = Command::new(root.path().join(&daemon[1..])).arg("--print-capabilities").output().unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&program.stdout).unwrap()["type"], description["type"]);
 
