@@ -31,9 +31,11 @@ const ERRORS: [&str; 14] = [
     "vhost_user/setup.rs",
 ];
 
-/// Lines that only pass on what is put together elsewhere: the file, the literal, and the parts of sources that have the texts, by
-/// how they begin and end.
-const PASSED_ON: [(&str, &str, &[(&str, &str, &str)]); 9] = [
+/// A part of a source: the file, how the part begins, and how it ends.
+type Part = (&'static str, &'static str, &'static str);
+
+/// Lines that only pass on what is put together elsewhere: the file, the literal, and the parts of sources that have the texts.
+const PASSED_ON: [(&str, &str, &[Part]); 9] = [
     ("vhost_user/backend.rs", "{notice}", &[("device/notice.rs", "impl fmt::Display for Notice", "\n}\n")]),
     ("vhost_user/setup.rs", "endpoint {id}: {warning}", &[("reserved/mod.rs", "fn peer_to_peer_warning", "\n    }\n")]),
     (
