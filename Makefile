@@ -14,6 +14,7 @@ prefix ?= /usr/local
 bindir ?= $(prefix)/bin
 datadir ?= $(prefix)/share
 docdir ?= $(datadir)/doc/virtio-iommu
+mandir ?= $(datadir)/man
 unitdir ?= $(docdir)/systemd
 # Where the programs are.
 BUILD ?= target/release
@@ -29,6 +30,7 @@ install uninstall: export BUILD := $(BUILD)
 install uninstall: export bindir := $(bindir)
 install uninstall: export datadir := $(datadir)
 install uninstall: export docdir := $(docdir)
+install uninstall: export mandir := $(mandir)
 install uninstall: export unitdir := $(unitdir)
 install uninstall:
 	@sh dist/install $@
@@ -67,6 +69,8 @@ check:
 	@$(CARGO) clippy --quiet --manifest-path fuzz/inputs/Cargo.toml --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --no-deps --all-features
 	@sh tests/bare-dependencies
+	@sh tests/manual-pages
+	@$(CARGO) test --quiet --all-features --test conventions -- links messages pages
 	@$(MAKE) --no-print-directory features
 
 # Combinations of features build without a warning: see the script.

@@ -116,7 +116,7 @@ pub mod translate;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;
 
-/// The README's code is compiled with the documentation's.
-#[cfg(all(doctest, feature = "queue", feature = "iommufd"))]
-#[doc = include_str!("../README.md")]
-pub struct Readme;
+/// The document's code is compiled with the documentation's.
+#[cfg(all(doctest, feature = "iommufd", feature = "queue", feature = "translate"))]
+#[doc = include_str!("../docs/embedding.md")]
+pub struct Embedding;

@@ -57,6 +57,9 @@ fn expected(prefix: &str, units: &str) -> BTreeMap<String, u32> {
         (format!("{units}/vhost-device-iommu@.socket"), 0o644),
         (format!("{units}/vhost-device-iommu-control@.socket"), 0o644),
     ]);
+    for page in ["vhost-device-iommu.8", "viommuctl.8"] {
+        files.insert(format!("{prefix}/share/man/man8/{page}"), 0o644);
+    }
     for document in ["README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE-APACHE", "LICENSE-BSD"] {
         files.insert(format!("{documents}/{document}"), 0o644);
     }
@@ -89,7 +92,7 @@ fn what_is_installed_is_exactly_that_and_uninstalled_it_is_gone() {
         assert_eq!((&description["binary"], &description["type"]), (&json!(daemon), &json!("iommu")));
         let service = text(&format!("{units}/vhost-device-iommu@.service"));
         assert!(service.contains(&format!("\nExecStart={daemon} ")) && !service.contains("@bindir@"), "{service}");
-        assert!(service.contains(&format!("file:/{prefix}/share/doc/virtio-iommu/README.md")), "{service}");
+        assert!(service.contains(&format!("file:/{prefix}/share/doc/virtio-iommu/docs/operators.md")), "{service}");
         let program = Command::new(root.path().join(&daemon[1..])).arg("--print-capabilities").output().unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&program.stdout).unwrap()["type"], description["type"]);
 

@@ -9,9 +9,12 @@ mod common;
 mod exit_codes;
 mod host;
 mod install;
+mod links;
 mod log;
+mod messages;
 mod metrics;
 mod options;
+mod pages;
 mod readiness;
 mod sockets;
 

@@ -24,6 +24,7 @@ mod inspect;
 mod leaving;
 mod microvm;
 mod model;
+mod operate;
 mod pci;
 mod rmrr;
 #[cfg(feature = "vhost")]
