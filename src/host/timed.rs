@@ -152,6 +152,8 @@ mod tests {
         second.block();
         assert_eq!(host.attachment(EndpointId(2)), Attachment::Blocked);
         assert!(time.spent() > Duration::ZERO);
+        // A table outlives what is attached to it.
+        first.block();
     }
 
     #[test]

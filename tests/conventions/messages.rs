@@ -11,7 +11,7 @@ use super::*;
 const SHORTEST: usize = 9;
 
 /// What prints a message for an operator. The literal comes next.
-const PRINTS: [&str; 5] = ["error!(", "warn!(", "eprintln!(", "Level::Warn,", "Failure(3,"];
+const PRINTS: [&str; 6] = ["error!(", "warn!(", "self.warn(format_args!(", "eprintln!(", "Level::Warn,", "Failure(3,"];
 
 /// Errors whose messages come with exit code 1, 3, 4 or 5; a name that ends with / is a directory.
 const ERRORS: [&str; 14] = [
@@ -35,17 +35,19 @@ const ERRORS: [&str; 14] = [
 type Part = (&'static str, &'static str, &'static str);
 
 /// Lines that only pass on what is put together elsewhere: the file, the literal, and the parts of sources that have the texts.
-const PASSED_ON: [(&str, &str, &[Part]); 9] = [
-    ("vhost_user/backend.rs", "{notice}", &[("device/notice.rs", "impl fmt::Display for Notice", "\n}\n")]),
+const PASSED_ON: [(&str, &str, &[Part]); 10] = [
+    ("vhost_user/state.rs", "{notice}", &[("device/notice.rs", "impl fmt::Display for Notice", "\n}\n")]),
     ("vhost_user/setup.rs", "endpoint {id}: {warning}", &[("reserved/mod.rs", "fn peer_to_peer_warning", "\n    }\n")]),
     (
         "reserved/report.rs",
         "endpoint {id}: {}: {}",
-        &[("reserved/plan.rs", "impl fmt::Display for AdvisoryKind", "\n}\n")],
+        &[("reserved/advisory.rs", "impl fmt::Display for AdvisoryKind", "\n}\n")],
     ),
     ("translate/vhost.rs", "endpoint {}: {error}", &[("translate/vhost.rs", "pub enum VhostIotlbError", "\n}\n")]),
     // The line, and what is wrong with it.
     ("reserved/sysfs.rs", "{}, line {line}", &[("reserved/mod.rs", "pub enum ParseRegionError", "\n}\n")]),
+    // What clients do.
+    ("control/server.rs", "{text}", &[]),
     // A name, and what it should be.
     ("reserved/sysfs.rs", "{} is not {expected}", &[]),
     // What fails is among ERRORS.
