@@ -230,7 +230,7 @@ impl Run {
             return false;
         }
         if code == SET_DEVICE_STATE_FD && body.first() == Some(&LOAD) {
-            self.send_state(writer, step);
+            Self::send_state(writer, step);
         }
         drop(reader);
         if claimed as usize > body.len() {
@@ -241,7 +241,7 @@ impl Run {
     }
 
     /// Writes a state as it could be, but for the bytes that the step changes. All of it fits a pipe.
-    fn send_state(&self, mut writer: PipeWriter, step: &Step<'_>) {
+    fn send_state(mut writer: PipeWriter, step: &Step<'_>) {
         let mut state = STATE.to_vec();
         for [at, value] in step.patches.iter().skip(1) {
             if let Some(byte) = state.get_mut(2 * usize::from(*at)) {
