@@ -70,6 +70,7 @@ pub use incoming::IncomingError;
 pub use logging::{LogFormat, start_log};
 pub use meter::{RequestTimes, Times};
 #[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub use metrics_file::MetricsError;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
