@@ -2,6 +2,8 @@
 
 //! The file with metrics.
 
+#![allow(clippy::float_cmp, reason = "counts are whole numbers, and small")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;

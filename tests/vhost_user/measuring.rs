@@ -98,9 +98,30 @@ fn what_the_host_takes_is_the_hosts_time_and_the_next_requests_wait() {
     drop(let_on);
     bench.machine().wait_for_used(4).unwrap();
     assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
-    let Times { waiting, host, .. } = bench.backend.counted().times.unwrap().unmap;
+    let Times { waiting, own, host } = bench.backend.counted().times.unwrap().unmap;
+    assert!(own.sum() > Duration::ZERO, "what the host took for the first is not the second's");
     assert!(waiting.sum() >= LONG, "{waiting:?}");
     assert!(host.sum() < LONG, "{host:?}");
+    bench.end();
+}
+
+#[test]
+fn who_holds_the_device_keeps_requests_waiting() {
+    let mut bench = measured();
+    let backend = Arc::clone(&bench.backend);
+    let (holds, held) = std::sync::mpsc::channel();
+    let holder = std::thread::spawn(move || {
+        backend.inspect(|_| {
+            holds.send(()).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        });
+    });
+    held.recv().unwrap();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    holder.join().unwrap();
+    let Times { waiting, own, .. } = bench.backend.counted().times.unwrap().attach;
+    assert!(waiting.sum() > Duration::from_millis(50), "{waiting:?}");
+    assert!(own.sum() < waiting.sum(), "{own:?}");
     bench.end();
 }
 
