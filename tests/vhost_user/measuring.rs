@@ -26,6 +26,8 @@ fn measured() -> Bench {
     let (daemon, stream) = serve(&backend);
     let mut machine = Machine::over(stream, guest_memory(MEMORY_SIZE));
     machine.start();
+    // When that is answered, all that came before was done.
+    machine.config();
     Bench { host, backend, machine: Some(machine), daemon }
 }
 
@@ -78,12 +80,13 @@ fn each_request_is_counted_by_its_kind_and_status_and_measured_once() {
 
 #[test]
 fn what_the_host_takes_is_the_hosts_time_and_the_next_requests_wait() {
-    const LONG: Duration = Duration::from_millis(50);
+    /// Less than what is waited for a kick to be taken, and after.
+    const LONG: Duration = Duration::from_millis(40);
     let mut bench = measured();
     assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
     let let_on = bench.host.hold_maps();
     bench.machine().post(&map(1, 0x5000, 0x1000, 0x2000, 1), 4);
-    std::thread::sleep(LONG);
+    bench.machine().wait_for_kick_taken();
     drop(let_on);
     assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
     let times = *bench.backend.counted().times.unwrap();
@@ -94,13 +97,34 @@ fn what_the_host_takes_is_the_hosts_time_and_the_next_requests_wait() {
     // Two requests in one kick: the other waits for the first.
     let let_on = bench.host.hold_maps();
     bench.machine().post_two(&map(1, 0x6000, 0x1000, 0x2000, 1), &unmap(1, 0x5000, 0x1000));
-    std::thread::sleep(LONG);
+    bench.machine().wait_for_kick_taken();
     drop(let_on);
     bench.machine().wait_for_used(4).unwrap();
     assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
-    let Times { waiting, host, .. } = bench.backend.counted().times.unwrap().unmap;
+    let Times { waiting, own, host } = bench.backend.counted().times.unwrap().unmap;
+    assert!(own.sum() > Duration::ZERO, "what the host took for the first is not the second's");
     assert!(waiting.sum() >= LONG, "{waiting:?}");
     assert!(host.sum() < LONG, "{host:?}");
+    bench.end();
+}
+
+#[test]
+fn who_holds_the_device_keeps_requests_waiting() {
+    let mut bench = measured();
+    let backend = Arc::clone(&bench.backend);
+    let (holds, held) = std::sync::mpsc::channel();
+    let holder = std::thread::spawn(move || {
+        backend.inspect(|_| {
+            holds.send(()).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        });
+    });
+    held.recv().unwrap();
+    assert_eq!(bench.send(&attach(1, ENDPOINT, 0)), OK);
+    holder.join().unwrap();
+    let Times { waiting, own, .. } = bench.backend.counted().times.unwrap().attach;
+    assert!(waiting.sum() > Duration::from_millis(50), "{waiting:?}");
+    assert!(own.sum() < waiting.sum(), "{own:?}");
     bench.end();
 }
 
@@ -164,7 +188,7 @@ fn a_group_that_is_added_is_timed_too() {
     let let_on = bench.host.hold_maps();
     assert_eq!(bench.send(&attach(1, other.0, 0)), OK);
     bench.machine().post(&map(1, 0x5000, 0x1000, 0x2000, 1), 4);
-    std::thread::sleep(Duration::from_millis(20));
+    bench.machine().wait_for_kick_taken();
     drop(let_on);
     assert_eq!(bench.machine().wait_for_used(4), Some(Reply::only(OK)));
     let host = bench.backend.counted().times.unwrap().map.host.sum();
