@@ -174,7 +174,12 @@ const CONNECTION: &[Call] = &[
     any(libc::SYS_sched_getaffinity),
     any(libc::SYS_set_robust_list),
     any(libc::SYS_epoll_ctl),
-    fcntl(&[libc::F_DUPFD_CLOEXEC.cast_unsigned(), libc::F_GET_SEALS.cast_unsigned()]),
+    fcntl(&[
+        libc::F_DUPFD_CLOEXEC.cast_unsigned(),
+        libc::F_GET_SEALS.cast_unsigned(),
+        // Which end of a pipe a state is to go through.
+        libc::F_GETFL.cast_unsigned(),
+    ]),
     any(libc::SYS_fstat),
     any(libc::SYS_fstatfs),
     any(libc::SYS_recvmsg),

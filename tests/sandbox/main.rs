@@ -28,6 +28,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use seccompiler::{SeccompAction, SeccompFilter};
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostTransferStateDirection::{LOAD, SAVE};
+use vhost::vhost_user::message::VhostTransferStatePhase::STOPPED;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -211,6 +213,31 @@ fn a_whole_life_needs_nothing_that_was_given_up() {
     let (code, log) = daemon.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("every endpoint is blocked"), "{log}");
+}
+
+#[test]
+fn a_guest_can_move_from_one_confined_daemon_to_another() {
+    let mut source = Daemon::start(&["--seccomp=kill"]);
+    let mut machine = source.machine();
+    machine.start();
+    assert_eq!(machine.send(&attach(1, 8, 0)), NOENT);
+    machine.stop_ring();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut state = String::new();
+    machine.frontend.set_device_state_fd(SAVE, STOPPED, writer.into()).unwrap();
+    reader.read_to_string(&mut state).unwrap();
+    machine.frontend.check_device_state().unwrap();
+    assert_eq!(source.end().0, Some(0));
+
+    let mut target = Daemon::start(&["--seccomp=kill"]);
+    let machine = target.machine();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    machine.frontend.set_device_state_fd(LOAD, STOPPED, reader.into()).unwrap();
+    writer.write_all(state.as_bytes()).unwrap();
+    drop(writer);
+    machine.frontend.check_device_state().unwrap();
+    let (code, log) = target.end();
+    assert_eq!(code, Some(0), "{log}");
 }
 
 #[test]
