@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -372,8 +372,18 @@ fn open_files() -> usize {
     fs::read_dir("/proc/self/fd").expect("a list of files").count()
 }
 
+/// A write to a pipe that nobody reads is to fail, and not to end the process. In programs of Rust it is so from the start; a fuzzer's
+/// `main` is libFuzzer's.
+fn survive_broken_pipes() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        signal_hook::flag::register(signal_hook::consts::SIGPIPE, Arc::default()).expect("the signal can be handled");
+    });
+}
+
 /// Checks an input.
 pub fn check(mut input: &[u8]) {
+    survive_broken_pipes();
     let before = open_files();
     let mut run = Run::new();
     let mut goes_on = run.is_heard();
