@@ -58,6 +58,8 @@ pub enum Request {
         /// The endpoints, at most [`MOST_DEVICES`].
         endpoints: Vec<Text<EndpointId>>,
     },
+    /// The VMM has bound devices that were added: those that are to be blocked are blocked now, which they could not be before.
+    Bound,
     /// What a domain is.
     Domain {
         /// Its number.
@@ -151,6 +153,8 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// To `log-level`: how much is logged now.
     LogLevel(Level),
+    /// Devices that are bound are where they are to be.
+    Settled,
     /// To anything: it was not done, and nothing was changed, unless the message says otherwise.
     Refused(Refusal),
 }

@@ -66,6 +66,10 @@ impl Service {
             Request::List => Answered::only(Reply::Endpoints(self.registry.list())),
             Request::Add(addition) => Answered::only(self.add(&addition, files)),
             Request::Remove { endpoints } => Answered::only(self.remove(&endpoints)),
+            Request::Bound => {
+                self.registry.backend.devices_were_bound();
+                Answered::only(Reply::Settled)
+            }
             Request::Domain { domain } => Answered::only(self.domain(DomainId(domain))),
             Request::Mappings { domain, from, limit } => {
                 Answered::only(self.mappings(DomainId(domain), from.0.0, limit))

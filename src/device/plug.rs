@@ -15,7 +15,7 @@ use crate::reserved::EndpointView;
 
 impl VirtioIommu {
     /// Adds a host group with its endpoints, none of which is attached then: it is in bypass as it was found, or blocked, as
-    /// the configuration says.
+    /// the configuration says. Devices that are bound only later are blocked by [`devices_were_bound`](Self::devices_were_bound).
     ///
     /// # Errors
     ///
@@ -38,6 +38,12 @@ impl VirtioIommu {
         self.groups.push(Group::new(group));
         self.settle_group(index);
         Ok(())
+    }
+
+    /// Blocks once more what is to be blocked. To be called when somebody has bound devices that were added before: until then nothing
+    /// could be detached from them, and who binds a device attaches it to a table of its own.
+    pub fn devices_were_bound(&mut self) {
+        self.settle_unattached_groups();
     }
 
     /// Takes an endpoint away: it leaves its domain, its device reaches nothing any more unless a sibling of its group does,

@@ -48,8 +48,8 @@ pub enum Operation {
     /// Adds all devices of a host IOMMU group to a running guest's IOMMU, and with --qmp to the guest itself.
     ///
     /// The devices must be bound to vfio-pci and idle. Their facts are gathered and their files opened here; the daemon and QEMU
-    /// are given the same files. Without --qmp, whoever started this gives the file to the VMM, and binds and plugs it after this has
-    /// returned.
+    /// are given the same files. Without --qmp, whoever started this gives the file to the VMM, binds and plugs it after this has
+    /// returned, and then says so (`bound`).
     Add(AddArguments),
     /// Takes endpoints away. When this returns, the daemon has let their devices go.
     ///
@@ -64,6 +64,13 @@ pub enum Operation {
         /// QEMU's monitor: first the guest is asked to let each device go, and waited for up to 30 seconds.
         #[arg(long, value_name = "PATH")]
         qmp: Option<PathBuf>,
+    },
+    /// Tells a daemon that the VMM has bound devices that were added without --qmp: those that are to be blocked until the guest's
+    /// driver attaches them are blocked only then.
+    Bound {
+        /// The daemon that is asked.
+        #[command(flatten)]
+        daemon: Daemon,
     },
     /// Shows the faults that the daemon remembers: accesses and requests that were refused for reasons the guest is told of.
     Faults {
@@ -213,6 +220,7 @@ impl Operation {
             Self::Remove { endpoints, daemon, qmp } => {
                 plugging::remove(&mut daemon.client()?, &endpoints, qmp.as_deref())
             }
+            Self::Bound { daemon } => plugging::settle(&mut daemon.client()?),
             Self::Faults { daemon, follow, after, json } => faults(&daemon, after, follow, json),
             Self::Mappings { domain, daemon, json } => mappings(&daemon, domain, json),
             Self::Told { daemon, json } => told(&daemon, json),

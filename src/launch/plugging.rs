@@ -52,6 +52,17 @@ pub enum PlugError {
         /// What went wrong with the monitor.
         source: QmpError,
     },
+    /// The guest has a device, and the daemon did not block it where it should have.
+    #[error(
+        "the guest has {device}, which reaches all of its memory until its driver attaches it: the daemon could not be told that it is \
+         there (viommuctl bound)"
+    )]
+    Unsettled {
+        /// Where the guest has it.
+        device: PciAddress,
+        /// Why.
+        source: Box<OperateError>,
+    },
     /// Not all endpoints were removed. Why was said of each.
     #[error("{} not removed, but left to the daemon; removed: {}", list(.left), list(.done))]
     NotRemoved {
@@ -94,8 +105,12 @@ pub(super) fn plug_all(client: &mut Client, monitor: &mut Qmp, plugs: &[Plug<'_>
     // The guest sees a slot's functions when function 0 comes.
     order.sort_by_key(|plug| plug.guest.function() == 0);
     for (at, plug) in order.iter().enumerate() {
-        let Err(source) = monitor.plug(plug) else { continue };
         let device = plug.guest;
+        let Err(source) = monitor.plug(plug) else {
+            // QEMU has bound it, and attached it to the guest's memory.
+            settle(client).map_err(|source| PlugError::Unsettled { device, source: Box::new(source) })?;
+            continue;
+        };
         if !matches!(source, QmpError::Refused { .. }) {
             let endpoints = plugs.iter().map(|plug| plug.guest.into()).collect();
             return Err(PlugError::Unknown { device, endpoints, source });
@@ -136,6 +151,14 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
         left.extend(removed);
     }
     left
+}
+
+/// Has the daemon block devices that could not be blocked before they were bound.
+pub(super) fn settle(client: &mut Client) -> Result<(), OperateError> {
+    match client.ask(Request::Bound)? {
+        Reply::Settled => Ok(()),
+        _ => Err(OperateError::Unexpected),
+    }
 }
 
 /// Whether there is no use in asking the monitor for anything else.
@@ -224,7 +247,7 @@ mod tests {
     use super::super::fake_monitor::{DONE, FakeMonitor, deleted, refused};
     use super::*;
 
-    /// What a daemon was asked to remove, request by request, until the client left.
+    /// What a daemon was asked to remove, request by request, until the client left; `"bound"` where it was told that a device is.
     type Removed = JoinHandle<Vec<Value>>;
 
     /// A daemon that removes what it is told to, or refuses that.
@@ -237,11 +260,14 @@ mod tests {
             let (mut removed, mut line) = (Vec::new(), String::new());
             while stream.read_line(&mut line).unwrap_or(0) > 0 {
                 let message: Value = serde_json::from_str(&std::mem::take(&mut line)).unwrap();
-                let endpoints = message["request"]["remove"]["endpoints"].clone();
-                let reply = if is_willing {
-                    json!({ "removed": { "endpoints": endpoints, "siblings": [] } })
-                } else {
-                    json!({ "refused": { "kind": "host", "message": "not now" } })
+                let endpoints = match &message["request"] {
+                    bound @ Value::String(_) => bound.clone(),
+                    request => request["remove"]["endpoints"].clone(),
+                };
+                let reply = match is_willing {
+                    true if endpoints == "bound" => json!("settled"),
+                    true => json!({ "removed": { "endpoints": endpoints, "siblings": [] } }),
+                    false => json!({ "refused": { "kind": "host", "message": "not now" } }),
                 };
                 removed.push(endpoints);
                 writeln!(stream.get_mut(), "{}", json!({ "version": 1, "reply": reply })).unwrap();
@@ -284,7 +310,7 @@ mod tests {
         let monitor = FakeMonitor::new(|_, _, _| vec![DONE.to_owned()]);
         let (result, removed) = plug(&monitor, &["01:00.0", "01:00.1", "02:00.0"], true);
         result.unwrap();
-        assert_eq!(removed, [] as [Value; 0]);
+        assert_eq!(removed, ["bound"; 3], "as soon as each is there");
         let asked = monitor.asked();
         let plugged = asked.iter().filter(|(command, ..)| command == "device_add");
         let plugged: Vec<_> = plugged.map(|(_, device, _)| (id(device), device["multifunction"] == true)).collect();
@@ -311,7 +337,8 @@ mod tests {
         assert_eq!(monitor.commands(), expected);
         let gone: Vec<String> = monitor.asked().iter().skip(7).map(|(_, arguments, _)| id(arguments)).collect();
         assert_eq!(gone, ["viommu-02-00.0", "viommu-01-00.0"]);
-        assert_eq!(removed, [json!(["0000:03:00.0", "0000:04:00.0", "0000:02:00.0", "0000:01:00.0"])]);
+        let last = json!(["0000:03:00.0", "0000:04:00.0", "0000:02:00.0", "0000:01:00.0"]);
+        assert_eq!(removed, [json!("bound"), json!("bound"), last]);
     }
 
     #[test]
@@ -321,7 +348,7 @@ mod tests {
         let error = result.unwrap_err();
         assert!(matches!(&error, PlugError::Left { left, .. } if *left == [EndpointId(0x100)]), "{error:?}");
         assert!(with_causes(&error).contains("viommuctl remove 0000:01:00.0 --qmp"), "{error}");
-        assert_eq!(removed, [json!(["0000:02:00.0"])]);
+        assert_eq!(removed, [json!("bound"), json!(["0000:02:00.0"])]);
     }
 
     #[test]
@@ -331,6 +358,17 @@ mod tests {
         assert!(matches!(&error, PlugError::Left { left, .. } if *left == [EndpointId(0x100)]), "{error:?}");
         assert!(with_causes(&error).ends_with("QEMU refuses device_add: no room"), "{error}");
         assert_eq!(removed.len(), 1);
+    }
+
+    #[test]
+    fn a_device_that_the_daemon_was_not_told_of_is_said_to_reach_memory() {
+        let monitor = FakeMonitor::new(|_, _, _| vec![DONE.to_owned()]);
+        let (result, asked) = plug(&monitor, &["01:00.0", "02:00.0"], false);
+        let error = result.unwrap_err();
+        assert!(matches!(error, PlugError::Unsettled { .. }), "{error:?}");
+        assert!(with_causes(&error).contains("viommuctl bound"), "{error}");
+        assert_eq!(asked, ["bound"]);
+        assert_eq!(monitor.commands(), ["getfd", "device_add"], "no more is plugged");
     }
 
     #[test]

@@ -57,6 +57,13 @@ impl IommuBackend {
         result
     }
 
+    /// Blocks what is to be blocked of devices that were bound since they were added: [`VirtioIommu::devices_were_bound`].
+    pub fn devices_were_bound(&self) {
+        let mut state = self.state.lock();
+        state.device.devices_were_bound();
+        self.finish(state);
+    }
+
     /// Takes an endpoint away, and says whether there was one. When this returns its file is closed, and it reaches nothing any more
     /// unless a sibling of its host group does: [`VirtioIommu::remove_endpoint`].
     pub fn remove_endpoint(&self, endpoint: EndpointId) -> bool {

@@ -102,6 +102,27 @@ fn one_that_is_added_while_bypass_is_off_is_blocked() {
 }
 
 #[test]
+fn the_daemon_is_told_when_devices_are_bound() {
+    let bench = Bench::new();
+    let mut guest = bench.guest();
+    bench.add(&addition());
+    assert_eq!(bench.ask(&json!("bound")), json!("settled"));
+    assert_eq!(bench.host.attachment(NEW), Attachment::AsFound, "bypass is on");
+    assert_eq!(guest.send(&attach(1, NEW.0, 0)), OK);
+    assert_eq!(guest.send(&map(1, 0x5000, 0x1000, 0x2000, 3)), OK);
+    assert_eq!(bench.ask(&json!("bound")), json!("settled"));
+    assert_eq!(bench.host.dma(NEW, 0x5000, Access::READ), Some(0x2000), "whoever is in a domain stays there");
+    let config = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+    vhost::vhost_user::VhostUserFrontend::set_config(&mut guest.frontend, 36, config, &[0]).unwrap();
+    guest.config();
+    assert_eq!(bench.ask(&remove(&[NEW_TEXT]))["removed"]["siblings"], json!([]));
+    bench.add(&addition());
+    bench.host.attach_elsewhere(NEW);
+    assert_eq!(bench.ask(&json!("bound")), json!("settled"));
+    assert_eq!(bench.host.attachment(NEW), Attachment::Blocked, "bypass is off");
+}
+
+#[test]
 fn devices_of_a_group_come_together_and_may_go_one_by_one() {
     let bench = Bench::new();
     let mut guest = bench.guest();

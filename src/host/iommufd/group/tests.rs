@@ -224,3 +224,25 @@ fn a_second_group_joins_many_mappings_by_one_call() {
     assert_eq!(kernel.calls() - before, 3);
     assert!(kernel.dma(OTHER, (MAPPINGS - 1) * 0x1000, Access::WRITE).is_some());
 }
+
+/// A VMM that is given a device after the guest's IOMMU has it binds it then, and attaches it to all of the guest's memory.
+#[test]
+fn devices_that_are_bound_after_they_were_added_are_blocked_then() {
+    for boot_bypass in [false, true] {
+        let kernel = FakeKernel::new();
+        let iommufd = kernel.iommufd();
+        let settings = Settings { boot_bypass, ..Settings::new("0-ffffffff".parse().unwrap(), 0x1000) };
+        let mut device = VirtioIommu::new(settings, Vec::new(), Vec::new()).unwrap();
+        let memory = ram(&[(0, true)]);
+        device.set_memory(memory.clone());
+        let group = IommufdGroup::shared(Arc::clone(&iommufd), kernel.devices(&[ONE], &usable()));
+        device.add_group(Arc::new(group), vec![(ONE, EndpointView::default())]).unwrap();
+        let (vmms_file, vmms_ioas) = (kernel.device_file(ONE), iommufd.new_ioas().unwrap());
+        let segments = memory.segments(GuestAddress(0), 0x1_0000).unwrap();
+        vmms_ioas.map("0-ffff".parse().unwrap(), &segments, Access::READ_WRITE).unwrap();
+        vmms_file.bind(&iommufd).unwrap();
+        vmms_file.attach(&vmms_ioas).unwrap();
+        device.devices_were_bound();
+        assert_eq!(kernel.dma(ONE, 0x1000, Access::READ).is_some(), boot_bypass, "nobody is in a domain");
+    }
+}
