@@ -142,7 +142,7 @@ impl ControlServer {
         Ok(Ready { listener, faults, clients: events.collect() })
     }
 
-    /// Reads, does and writes what a client has for now.
+    /// Reads, does and writes what there is of a client's.
     fn serve(&mut self, client: &mut Connection, can: PollFlags, now: Instant) -> Outcome {
         if can.intersects(PollFlags::ERR) {
             return Outcome::Ends;
@@ -195,7 +195,7 @@ impl ControlServer {
     fn accept(&mut self, now: Instant) -> io::Result<()> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            // Whoever came is gone again, or there are no files for now.
+            // Whoever came is gone again.
             Err(error) if error.kind() == ErrorKind::WouldBlock || error.kind() == ErrorKind::ConnectionAborted => {
                 return Ok(());
             }
