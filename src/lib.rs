@@ -109,6 +109,8 @@ pub mod reserved;
 #[doc(hidden)]
 pub mod sandbox;
 pub mod spec;
+#[cfg(feature = "daemon")]
+mod standard_error;
 #[cfg(any(feature = "acpi", feature = "fdt"))]
 pub mod topology;
 #[cfg(feature = "translate")]

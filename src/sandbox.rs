@@ -8,7 +8,6 @@
 //! calls. And how the process ends when memory that it was given is taken away under it.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::Builder;
@@ -19,6 +18,8 @@ use landlock::{PathFdError, RulesetError};
 use log::{info, warn};
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+use crate::standard_error::write_line_now;
 
 mod calls;
 mod files;
@@ -190,7 +191,7 @@ pub(crate) fn end_at_missing_memory() -> io::Result<()> {
     // Once: a second one in the handler ends the process.
     let flags = SaFlags::SA_SIGINFO | SaFlags::SA_RESETHAND | SaFlags::SA_ONSTACK;
     let action = SigAction::new(SigHandler::SigAction(end), flags, SigSet::empty());
-    // SAFETY: the handler makes two system calls and reads the structure that it is given; it takes no lock, allocates nothing, and does
+    // SAFETY: the handler makes three system calls and reads the structure that it is given; it takes no lock, allocates nothing, and does
     // not return. The handler that was there before, of Rust's runtime, tells overflows of the stack, for which Linux sends SIGSEGV.
     unsafe { sigaction(Signal::SIGBUS, &action) }?;
     Ok(())
@@ -200,8 +201,7 @@ pub(crate) fn end_at_missing_memory() -> io::Result<()> {
 extern "C" fn end(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a structure that is valid until the handler returns.
     let code = unsafe { (*info).si_code };
-    // Past the lock of the standard error. Nobody can be told if it fails.
-    let _ = rustix::io::write(io::stderr().as_fd(), message(code).as_bytes());
+    write_line_now(message(code).as_bytes());
     signal_hook::low_level::exit(MISSING_MEMORY);
 }
 

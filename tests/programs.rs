@@ -10,7 +10,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -227,7 +227,7 @@ fn there_is_one_frontend() {
     assert_eq!(code, 0, "{log}");
 }
 
-/// With so many threads there is one for the rings, but none that waits for signals; or that one, but none for the connection. The
+/// With so many threads there is one for the rings, but none that waits for the frontend; or that one, but none for the connection. The
 /// limit is not for root, and counts all that a user runs.
 #[test]
 fn a_daemon_without_threads_says_so_and_blocks_every_endpoint_that_a_guest_had() {
@@ -246,12 +246,12 @@ fn a_daemon_without_threads_says_so_and_blocks_every_endpoint_that_a_guest_had()
         command.arg("--input-range=0-ffffffff").uid(54_321);
         command
     };
-    let (code, log) = run(&mut limited(2));
+    let (code, log) = run(&mut limited(3));
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("cannot set up events and signals"), "{log}");
     assert!(!socket.exists(), "the socket is removed");
 
-    let daemon = Daemon::run(limited(3), socket.clone(), directory);
+    let daemon = Daemon::run(limited(4), socket.clone(), directory);
     let _connection = UnixStream::connect(&daemon.socket).unwrap();
     let (code, log) = daemon.end();
     assert_eq!(code, 1, "{log}");
@@ -272,6 +272,28 @@ fn guest_memory_that_is_cut_off_ends_the_daemon_with_3() {
     std::io::Read::read_to_string(&mut daemon.child.stderr.take().unwrap(), &mut log).unwrap();
     assert!(log.contains("is not sealed with F_SEAL_SHRINK: if whoever has its file"), "{log}");
     assert!(log.contains("SIGBUS: guest memory was cut off"), "{log}");
+}
+
+#[test]
+fn a_log_that_nobody_reads_does_not_keep_a_daemon_without_its_memory() {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+    let (mut daemon, machine) = Daemon::start_and_connect();
+    let log = File::from(std::os::fd::OwnedFd::from(daemon.child.stderr.take().unwrap()));
+    let path = format!("/proc/self/fd/{}", log.as_raw_fd());
+    let mut filled = File::options().write(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap();
+    while filled.write(b".").is_ok() {}
+    machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
+    machine.kick();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let status = loop {
+        assert!(Instant::now() < deadline, "the daemon does not end");
+        std::thread::sleep(Duration::from_millis(5));
+        if let Some(status) = daemon.child.try_wait().unwrap() {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Some(3));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use virtio_iommu::causes::with_causes;
 use virtio_iommu::launch::show;
 use virtio_iommu::reserved::report;
 use virtio_iommu::vhost_user::{
-    Arguments, CAPABILITIES, ServeError, asks_for_capabilities, check, serve, start_log, watch_if_asked,
+    Arguments, CAPABILITIES, ServeError, asks_for_capabilities, check, finish_log, serve, start_log, watch_if_asked,
 };
 
 fn main() -> ExitCode {
@@ -24,13 +24,15 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log(arguments.log_level, arguments.log_format);
     let result = if arguments.check { print_plan(&arguments) } else { serve(&arguments) };
-    match result {
+    let code = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             error!("{}", with_causes(&failure));
             ExitCode::from(failure.exit_code())
         }
-    }
+    };
+    finish_log();
+    code
 }
 
 fn print_plan(arguments: &Arguments) -> Result<(), ServeError> {

@@ -12,9 +12,9 @@ use crate::host::iommufd::{DETACH_REQUEST, SHARED_REQUESTS};
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ThreadKind {
-    /// The first one: waits for the connection's end, blocks every endpoint, removes the sockets.
+    /// The first one: waits for the connection's end and for signals, blocks every endpoint, removes the sockets.
     Main,
-    /// Waits for the frontend and for signals; and the connection's thread, which it starts.
+    /// Waits for the frontend; and the connection's thread, which it starts.
     Connection,
     /// Serves the rings.
     Rings,
@@ -26,6 +26,8 @@ pub(crate) enum ThreadKind {
     Nodes,
     /// Writes the metrics.
     Metrics,
+    /// Writes the log.
+    Log,
     /// The process that holds the devices after the daemon.
     Watcher,
 }
@@ -142,6 +144,8 @@ const HOST: &[Call] = &[ioctl(SHARED_REQUESTS)];
 const TELL_WATCHER: &[Call] = &[any(libc::SYS_recvmsg), any(libc::SYS_sendmsg)];
 
 const MAIN: &[Call] = &[
+    // The connection is closed.
+    any(libc::SYS_shutdown),
     // Which file is at the path of a socket.
     any(libc::SYS_statx),
     #[cfg(target_arch = "x86_64")]
@@ -247,6 +251,7 @@ impl ThreadKind {
             Self::Control => "control socket's thread",
             Self::Nodes => "thread that watches devices' nodes",
             Self::Metrics => "metrics' thread",
+            Self::Log => "log's thread",
             Self::Watcher => "watcher of devices",
         }
     }
@@ -261,6 +266,7 @@ impl ThreadKind {
             Self::Control => &[EVERY, HOST, TELL_WATCHER, CONTROL],
             Self::Nodes => &[EVERY, HOST, TELL_WATCHER, NODES],
             Self::Metrics => &[EVERY, METRICS],
+            Self::Log => &[EVERY],
             Self::Watcher => &[EVERY, WATCHER],
         };
         parts.iter().flat_map(|part| part.iter()).collect::<Vec<_>>().into_iter()
@@ -271,7 +277,7 @@ impl ThreadKind {
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 8] = [
+    const KINDS: [ThreadKind; 9] = [
         ThreadKind::Main,
         ThreadKind::Connection,
         ThreadKind::Rings,
@@ -279,6 +285,7 @@ mod tests {
         ThreadKind::Control,
         ThreadKind::Nodes,
         ThreadKind::Metrics,
+        ThreadKind::Log,
         ThreadKind::Watcher,
     ];
 

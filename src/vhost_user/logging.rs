@@ -7,10 +7,12 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use clap::ValueEnum;
-use env_logger::Builder;
 use env_logger::fmt::Formatter;
+use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Record};
 use serde::Serialize;
+
+use super::log_writer::LogOutput;
 
 /// How lines of the log look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -41,6 +43,7 @@ pub fn start_log(level: Option<LevelFilter>, format: LogFormat) {
         LogFormat::Json => json,
         LogFormat::Journal => journal,
     });
+    builder.target(Target::Pipe(Box::new(LogOutput)));
     let logger = builder.build();
     let by_environment = if directives.is_some() { logger.filter() } else { LevelFilter::Info };
     if log::set_boxed_logger(Box::new(logger)).is_ok() {

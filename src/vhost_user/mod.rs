@@ -17,6 +17,8 @@ mod histogram;
 #[cfg(feature = "daemon")]
 mod incoming;
 #[cfg(feature = "daemon")]
+mod log_writer;
+#[cfg(feature = "daemon")]
 mod logging;
 mod meter;
 #[cfg(feature = "daemon")]
@@ -65,6 +67,9 @@ pub use histogram::Histogram;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use incoming::IncomingError;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
+pub use log_writer::finish_log;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub use logging::{LogFormat, start_log};

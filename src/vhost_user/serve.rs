@@ -7,7 +7,6 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use log::{info, warn};
@@ -18,6 +17,7 @@ use super::activation;
 use super::args::Arguments;
 use super::backend::{BackendOptions, IommuBackend};
 use super::incoming::{Incoming, IncomingError, Source};
+use super::log_writer::write_in_background;
 use super::metrics_file::{MetricsError, MetricsFile};
 use super::nodes::{self, NodeWatch};
 use super::readiness::{Readiness, ServiceManager};
@@ -212,13 +212,14 @@ fn serve_endpoints(
     let is_watched = !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists();
     let watch =
         is_watched.then(|| NodeWatch::new(nodes::DIRECTORY.as_ref())).transpose().map_err(ServeError::Events)?;
-    let signals = Signals::new().map_err(ServeError::Events)?;
+    let signals = Arc::new(Signals::new().map_err(ServeError::Events)?);
     // A path that this process listens on is removed when this returns: nobody else can connect.
     let Incoming { listener, relay, leftover: _leftover } = source.open()?;
     let control = control.map(|listener| ControlServer::new(listener, Arc::clone(registry), Limits::default()));
     let control = control.transpose().map_err(ServeError::Control)?;
 
     let sandbox = confine(arguments)?;
+    write_in_background(sandbox)?;
     if let Some(watch) = watch {
         watch_nodes(sandbox, watch, registry, can_add)?;
     }
@@ -232,7 +233,7 @@ fn serve_endpoints(
     sandbox.confine_thread(ThreadKind::Main)?;
     let manager = readiness.ready();
     match waiting.wait() {
-        Ok(Some(serving)) => serve_frontend(backend, serving, &manager),
+        Ok(Some(serving)) => serve_frontend(backend, &serving, &manager),
         Ok(None) => {
             manager.stopping();
             Ok(())
@@ -283,24 +284,21 @@ fn follow_parent() -> io::Result<()> {
     Ok(())
 }
 
-fn serve_frontend(
-    backend: &IommuBackend,
-    Serving { mut daemon, ended }: Serving,
-    manager: &ServiceManager,
-) -> Result<(), ServeError> {
+fn serve_frontend(backend: &IommuBackend, serving: &Serving, manager: &ServiceManager) -> Result<(), ServeError> {
     info!("a frontend connected");
     manager.serving();
-    let result = daemon.wait();
-    ended.store(true, Ordering::Release);
+    let ended = serving.wait();
     manager.stopping();
+    serving.close();
     block_all(backend);
-    match result {
-        Ok(()) => info!("the connection is closed"),
-        Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
+    match ended.map_err(ServeError::Events)?.or_else(|| serving.end()) {
+        Some(Ok(())) => info!("the connection is closed"),
+        Some(Err(DaemonError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage))) => {
             info!("the frontend is gone");
         }
-        Err(error @ DaemonError::HandleRequest(_)) => return Err(ServeError::Protocol(error)),
-        Err(error) => return Err(ServeError::Daemon(error)),
+        Some(Err(error @ DaemonError::HandleRequest(_))) => return Err(ServeError::Protocol(error)),
+        Some(Err(error)) => return Err(ServeError::Daemon(error)),
+        None => warn!("the frontend holds up the connection's thread: ending without it"),
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 //! Signals that ask the process to end.
 
-use std::io::{self, Read};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use log::error;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -37,30 +37,19 @@ impl Signals {
         Ok(Self { pipe })
     }
 
-    /// Waits for a connection; whether there is one, rather than a signal.
+    /// Waits until a file has something to read or is closed at its other end; whether it is so, rather than that a signal came.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub fn wait_for_frontend(&self, listener: &UnixListener) -> io::Result<bool> {
+    pub fn wait_for(&self, file: impl AsFd) -> io::Result<bool> {
         loop {
-            let mut waiting = [PollFd::new(&self.pipe, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+            let mut waiting = [PollFd::new(&self.pipe, PollFlags::IN), PollFd::new(&file, PollFlags::IN)];
             match poll(&mut waiting, None) {
                 Ok(_) if !waiting[0].revents().is_empty() => return Ok(false),
                 Ok(_) if !waiting[1].revents().is_empty() => return Ok(true),
                 Ok(_) | Err(Errno::INTR) => (),
                 Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    /// Waits for a signal, then acts.
-    pub fn then(mut self, act: impl FnOnce()) {
-        loop {
-            match self.pipe.read(&mut [0]) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-                Ok(_) => return act(),
-                Err(error) => return error!("signals are not heard any more: {error}"),
             }
         }
     }

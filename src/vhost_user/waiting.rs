@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Waiting for the frontend, and for signals, on a thread of its own: the connection's thread is started by it, and has the confinement
+//! Waiting for the frontend and its end, on a thread of its own: the connection's thread is started by it, and has the confinement
 //! that it has, not that of the main thread.
 
+use std::io;
 use std::mem::ManuallyDrop;
-use std::os::unix::net::UnixListener;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use log::warn;
 use vhost::vhost_user::Listener;
-use vhost_user_backend::ShutdownHandle;
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle};
 
 use super::backend::IommuBackend;
 use super::daemon::BackendDaemon;
@@ -28,9 +27,32 @@ type Daemon = ManuallyDrop<BackendDaemon>;
 
 /// A frontend that is served.
 pub(super) struct Serving {
-    pub daemon: Daemon,
-    /// To be set when the connection has ended.
-    pub ended: Arc<AtomicBool>,
+    connection: ShutdownHandle,
+    signals: Arc<Signals>,
+    /// Its other end is closed when the connection has ended.
+    has_ended: UnixStream,
+    ended: mpsc::Receiver<Result<(), DaemonError>>,
+}
+
+impl Serving {
+    /// Waits until the connection has ended, and how; `None` if a signal came before.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub fn wait(&self) -> io::Result<Option<Result<(), DaemonError>>> {
+        Ok(if self.signals.wait_for(&self.has_ended)? { self.end() } else { None })
+    }
+
+    /// Closes the connection.
+    pub fn close(&self) {
+        self.connection.shutdown();
+    }
+
+    /// How the connection ended, which was closed; `None` if its thread does not end, because files of the frontend's hold it up.
+    pub fn end(&self) -> Option<Result<(), DaemonError>> {
+        self.ended.recv_timeout(GRACE).ok()
+    }
 }
 
 /// A thread that is ready to wait for the frontend.
@@ -49,20 +71,20 @@ impl Waiting {
         sandbox: Sandbox,
         backend: &Arc<IommuBackend>,
         listener: UnixListener,
-        signals: Signals,
+        signals: Arc<Signals>,
     ) -> Result<Self, ServeError> {
         let daemon = ManuallyDrop::new(backend.daemon("vhost-user").map_err(ServeError::Daemon)?);
         confine_rings(sandbox, backend)?;
         let (go, may_go) = mpsc::channel();
         let (tell, came) = mpsc::channel();
-        let backend = Arc::clone(backend);
+        let ends = UnixStream::pair().map_err(ServeError::Events)?;
         let wait = move || {
             // Whoever does not say so has failed.
             if may_go.recv().is_ok() {
-                serve_until_signal(&backend, daemon, listener, signals, &tell);
+                serve(daemon, listener, signals, ends, &tell);
             }
         };
-        sandbox.spawn(ThreadKind::Connection, "signals", wait)?;
+        sandbox.spawn(ThreadKind::Connection, "frontend", wait)?;
         Ok(Self { go, came })
     }
 
@@ -87,40 +109,31 @@ fn confine_rings(sandbox: Sandbox, backend: &IommuBackend) -> Result<(), Sandbox
     Sandbox::wait(ThreadKind::Rings, &confined)
 }
 
-fn serve_until_signal(
-    backend: &IommuBackend,
-    daemon: Daemon,
+fn serve(
+    mut daemon: Daemon,
     listener: UnixListener,
-    signals: Signals,
+    signals: Arc<Signals>,
+    (has_ended, closed_then): (UnixStream, UnixStream),
     tell: &mpsc::Sender<Result<Option<Serving>, ServeError>>,
 ) {
-    let ended = Arc::new(AtomicBool::new(false));
-    let started = start(daemon, listener, &signals);
-    let handle = started.as_ref().ok().and_then(|daemon| daemon.as_ref()?.shutdown_handle());
-    let told = started.map(|daemon| daemon.map(|daemon| Serving { daemon, ended: Arc::clone(&ended) }));
-    if tell.send(told).is_ok()
-        && let Some(handle) = handle
-    {
-        signals.then(|| stop_now(&handle, backend, &ended));
+    let (tell_end, ended) = mpsc::channel();
+    let started = start(&mut daemon, listener, &signals);
+    let serving = |connection| Serving { connection, signals, has_ended, ended };
+    let serving = started.map(|connection| connection.map(serving));
+    let is_served = matches!(serving, Ok(Some(_)));
+    // Whoever waits no longer ends the process.
+    if tell.send(serving).is_ok() && is_served {
+        let _ = tell_end.send(daemon.wait());
+        drop(closed_then);
     }
 }
 
 /// Waits for a frontend and starts to serve it; `None` if a signal came first.
-fn start(mut daemon: Daemon, listener: UnixListener, signals: &Signals) -> Result<Option<Daemon>, ServeError> {
-    if !signals.wait_for_frontend(&listener).map_err(ServeError::Events)? {
+fn start(daemon: &mut Daemon, listener: UnixListener, signals: &Signals) -> Result<Option<ShutdownHandle>, ServeError> {
+    if !signals.wait_for(&listener).map_err(ServeError::Events)? {
         return Ok(None);
     }
     daemon.start(&mut Listener::from(listener)).map_err(ServeError::Daemon)?;
-    Ok(Some(daemon))
-}
-
-/// Ends what a signal asked to end, even if the library's threads are held up by files of the frontend's.
-fn stop_now(connection: &ShutdownHandle, backend: &IommuBackend, ended: &AtomicBool) {
-    connection.shutdown();
-    backend.shut_down();
-    std::thread::sleep(GRACE);
-    if !ended.load(Ordering::Acquire) {
-        warn!("the frontend holds up the connection's thread: ending without it");
-        std::process::exit(0);
-    }
+    let gone = || ServeError::Events(io::Error::other("the connection has no handle"));
+    daemon.shutdown_handle().map(Some).ok_or_else(gone)
 }

@@ -126,13 +126,13 @@ const SOME: &[(Try, &[&str], i64)] = &[
     (ioctl("attach", VFIO_DEVICE_ATTACH_IOMMUFD_PT), HOST, -EBADF),
     (ioctl("detach", VFIO_DEVICE_DETACH_IOMMUFD_PT), HOST_AND_WATCHER, -EBADF),
     (ioctl("no waiting", FIONBIO), &["control"], -EBADF),
-    (("accept", libc::SYS_accept4, [NO_FILE, 0, 0, 0, 0, 0]), &["control", "signals", "vhost-user"], -EBADF),
+    (("accept", libc::SYS_accept4, [NO_FILE, 0, 0, 0, 0, 0]), &["control", "frontend", "vhost-user"], -EBADF),
     (("remove a file", libc::SYS_unlink, [0; 6]), &["main"], -EFAULT),
     (("wait for a process", libc::SYS_wait4, [NO_FILE, 0, 1, 0, 0, 0]), &["main"], -ECHILD),
     // The older call, which can be looked into, is taken then.
-    (("a thread, by clone3", libc::SYS_clone3, [0; 6]), &["signals", "vhost-user"], -ENOSYS),
-    (("a name", libc::SYS_prctl, [15, 0, 0, 0, 0, 0]), &["signals", "vhost-user"], -EFAULT),
-    (("file system of a file", libc::SYS_fstatfs, [NO_FILE, 0, 0, 0, 0, 0]), &["signals", "vhost-user"], -EBADF),
+    (("a thread, by clone3", libc::SYS_clone3, [0; 6]), &["frontend", "vhost-user"], -ENOSYS),
+    (("a name", libc::SYS_prctl, [15, 0, 0, 0, 0, 0]), &["frontend", "vhost-user"], -EFAULT),
+    (("file system of a file", libc::SYS_fstatfs, [NO_FILE, 0, 0, 0, 0, 0]), &["frontend", "vhost-user"], -EBADF),
     (("read what is written elsewhere", libc::SYS_pread64, [NO_FILE, 0, 0, 0, 0, 0]), &["control", "watcher"], -EBADF),
 ];
 /// What glibc and Rust's runtime try: that is no reason to die, and nothing comes of it.
@@ -141,8 +141,8 @@ const TRIED: &[Try] = &[
     ("where a link leads", libc::SYS_readlink, [0; 6]),
     ("current directory", libc::SYS_getcwd, [0; 6]),
 ];
-const HOST: &[&str] = &["main", "vring_worker", "signals", "vhost-user", "control", "nodes"];
-const HOST_AND_WATCHER: &[&str] = &["main", "vring_worker", "signals", "vhost-user", "control", "nodes", "watcher"];
+const HOST: &[&str] = &["main", "vring_worker", "frontend", "vhost-user", "control", "nodes"];
+const HOST_AND_WATCHER: &[&str] = &["main", "vring_worker", "frontend", "vhost-user", "control", "nodes", "watcher"];
 const EBADF: i64 = libc::EBADF as i64;
 const EFAULT: i64 = libc::EFAULT as i64;
 const ECHILD: i64 = libc::ECHILD as i64;

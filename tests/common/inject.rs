@@ -91,6 +91,18 @@ impl Stopped {
         }
     }
 
+    /// Whether the thread is dead in a while, without having gone on.
+    pub fn dies(mut self) -> bool {
+        for _ in 0..10_000 {
+            if waitpid(self.thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) != Ok(WaitStatus::StillAlive) {
+                self.is_dead = true;
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
+    }
+
     fn prepare(&self, number: i64, [rdi, rsi, rdx, r10, r8, r9]: [u64; 6]) {
         let (rip, rax) = (self.registers.rip - INSTRUCTION, number.cast_unsigned());
         // No call is to be made again.

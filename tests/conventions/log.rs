@@ -2,6 +2,7 @@
 
 //! The log: its formats, its levels, and what nobody can fill it with.
 
+use std::io::{PipeWriter, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -87,6 +88,36 @@ fn a_request_is_a_line_with_what_it_asks_for_how_it_ended_and_how_long_it_took()
     let line = said.lines().find(|line| line.contains("virtio_iommu::requests")).expect("a line for the request");
     assert!(line.contains("ATTACH") && line.contains("NOENT") && line.contains("0000:00:01.0"), "{line}");
     assert!(line.contains("; it waited ") && line.contains("s, took ") && line.contains("s, and the host "), "{line}");
+}
+
+/// A pipe that takes nothing more.
+fn fill(pipe: &PipeWriter) {
+    rustix::io::ioctl_fionbio(pipe, true).unwrap();
+    while rustix::io::write(pipe, &[b'.'; 256]).is_ok() {}
+    while rustix::io::write(pipe, b".").is_ok() {}
+    rustix::io::ioctl_fionbio(pipe, false).unwrap();
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_neither_guest_nor_operator_nor_the_end() {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let place = Place::new();
+    let control = place.path("control/socket");
+    let start = Start::with(&["--log-level=trace"]).option("control-path", &control);
+    let daemon = place.start(start.log(writer.try_clone().unwrap()));
+    fill(&writer);
+    let (mut machine, _) = use_device(UnixStream::connect(&place.socket).unwrap());
+    // More than ten lines that are logged.
+    for _ in 0..20 {
+        machine.frontend.reset_device().unwrap();
+    }
+    machine.frontend.get_features().unwrap();
+    let mut operator = UnixStream::connect(&control).unwrap();
+    writeln!(operator, "{{\"version\":1,\"request\":\"stats\"}}").unwrap();
+    operator.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(operator.read(&mut [0]).unwrap(), 1, "it is answered");
+    assert_eq!(daemon.end_well(), "");
+    assert!(!control.exists() && !place.socket.exists(), "the sockets are removed");
 }
 
 /// How long a frontend had, and what was logged, while it did something many times.

@@ -47,6 +47,7 @@ struct Start {
     script: &'static str,
     third: Option<OwnedFd>,
     fourth: Option<OwnedFd>,
+    log: Option<OwnedFd>,
     options: Vec<String>,
     environment: Vec<(&'static str, String)>,
 }
@@ -70,6 +71,12 @@ impl Start {
     /// The file that is number 4. The standard output is nothing then.
     fn fourth(mut self, file: impl Into<OwnedFd>) -> Self {
         self.fourth = Some(file.into());
+        self
+    }
+
+    /// Where it logs to, of which nothing is read.
+    fn log(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.log = Some(file.into());
         self
     }
 
@@ -109,10 +116,11 @@ impl Start {
     }
 
     /// Starts one that goes on.
-    fn start(self) -> Daemon {
+    fn start(mut self) -> Daemon {
         // A file: a daemon that says too much must not wait until it is read.
         let log = tempfile::tempfile().unwrap();
-        let child = self.command().stderr(log.try_clone().unwrap()).spawn().unwrap();
+        let to = self.log.take().unwrap_or_else(|| log.try_clone().unwrap().into());
+        let child = self.command().stderr(to).spawn().unwrap();
         Daemon { child, log }
     }
 

@@ -101,7 +101,7 @@ fn a_daemon_with_devices_and_its_watcher_have_given_up_what_they_do_not_need() {
         names.push(name);
     }
     names.sort();
-    assert_eq!(names, ["main", "nodes", "signals", "vhost-user", "vring_worker"]);
+    assert_eq!(names, ["frontend", "log", "main", "nodes", "vhost-user", "vring_worker"]);
     assert_calls("watcher", Pid::from_raw(watcher.cast_signed()));
     // And have what they need.
     assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), 0);

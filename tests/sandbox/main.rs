@@ -35,7 +35,8 @@ const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 const PATIENCE: Duration = Duration::from_secs(20);
 const NOENT: u8 = 6;
 /// The daemon's threads, with a frontend that has not said anything yet; `vhost-user` is the connection's.
-const THREADS: [&str; 7] = ["control", "main", "signals", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
+const THREADS: [&str; 8] =
+    ["control", "frontend", "log", "main", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
 
 fn may_trace() -> bool {
     let is_root = rustix::process::geteuid().is_root();
@@ -240,6 +241,25 @@ fn a_guest_can_move_from_one_confined_daemon_to_another() {
     assert_eq!(code, Some(0), "{log}");
 }
 
+/// Files of the frontend's can hold up the thread that reads its messages, and nothing else waits for that.
+#[test]
+fn a_connection_that_is_held_up_does_not_keep_the_daemon() {
+    if !may_trace() {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    let connection = Stopped::new(daemon.threads()["vhost-user"]);
+    kill(Pid::from_raw(daemon.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    assert!(connection.dies(), "it ends with the process");
+    let output = daemon.child.wait_with_output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{log}");
+    assert!(!daemon.directory.path().join("control/socket").exists(), "the socket is removed");
+    let [.., blocked, held_up] = &log.lines().collect::<Vec<_>>()[..] else { panic!("{log}") };
+    assert!(blocked.contains("every endpoint is blocked"), "{log}");
+    assert!(held_up.contains("the frontend holds up the connection's thread: ending without it"), "{log}");
+}
+
 #[test]
 fn what_landlock_gives_up_stays_given_up_without_seccomp() {
     if !may_trace() {
@@ -341,7 +361,7 @@ fn run_refused(calls: &[i64], errno: i32, options: &[&str]) -> (Option<i32>, Str
 #[test]
 fn a_process_that_cannot_be_confined_does_not_start() {
     for (call, errno, text) in [
-        (libc::SYS_seccomp, libc::EINVAL, "the list of calls of the rings' thread does not hold"),
+        (libc::SYS_seccomp, libc::EINVAL, "the list of calls of the log's thread does not hold"),
         (libc::SYS_landlock_restrict_self, libc::E2BIG, "Landlock does not take the rules"),
         (libc::SYS_capset, libc::EPERM, "capabilities cannot be given up"),
     ] {
