@@ -201,7 +201,7 @@ pub(crate) fn end_at_missing_memory() -> io::Result<()> {
 extern "C" fn end(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a structure that is valid until the handler returns.
     let code = unsafe { (*info).si_code };
-    write_line_now(message(code).as_bytes());
+    write_line_now(message(code));
     signal_hook::low_level::exit(MISSING_MEMORY);
 }
 
@@ -210,11 +210,11 @@ const fn message(code: c_int) -> &'static str {
     match code {
         libc::BUS_ADRERR => {
             "vhost-device-iommu: SIGBUS: guest memory was cut off (its file became shorter; seal it with F_SEAL_SHRINK), or memory of \
-             another file is missing: ending, DMA of the devices is refused\n"
+             another file is missing: ending, DMA of the devices is refused"
         }
         libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO => {
-            "vhost-device-iommu: SIGBUS: the host reports memory that is broken: ending, DMA of the devices is refused\n"
+            "vhost-device-iommu: SIGBUS: the host reports memory that is broken: ending, DMA of the devices is refused"
         }
-        _ => "vhost-device-iommu: SIGBUS, and not for memory that is missing: ending, DMA of the devices is refused\n",
+        _ => "vhost-device-iommu: SIGBUS, and not for memory that is missing: ending, DMA of the devices is refused",
     }
 }

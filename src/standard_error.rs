@@ -2,11 +2,11 @@
 
 //! Lines for the standard error, past the lock of Rust's library: a thread may hold that which waits because nobody reads.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, write};
+use rustix::io::{Errno, write, writev};
 
 /// Writes a line, and waits until that can be done. Nobody can be told if it cannot.
 pub(crate) fn write_line(line: &[u8]) {
@@ -14,12 +14,12 @@ pub(crate) fn write_line(line: &[u8]) {
 }
 
 /// Writes a line of less than a page, unless that would have to wait: for a process that must end. A signal handler may do this.
-pub(crate) fn write_line_now(line: &[u8]) {
+pub(crate) fn write_line_now(line: &str) {
     let stderr = io::stderr();
     // A pipe or socket that can be written to has room for a page.
     let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
     if poll(&mut room, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
-        let _ = write(&stderr, line);
+        let _ = writev(&stderr, &[IoSlice::new(line.as_bytes()), IoSlice::new(b"\n")]);
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use super::files::{DeviceFile, FileError};
+use super::files::{DeviceFile, FileError, KeeperError};
 use super::protocol::{Addition, Device, MOST_DEVICES};
 use super::registry::{AssignedDevice, Entries, Entry, MOST_ENDPOINTS, Registry};
 use crate::device::{Settings, SetupError};
@@ -65,12 +65,6 @@ pub enum AddError {
         /// The name.
         node: String,
     },
-    /// Nobody would see the node go.
-    #[error(
-        "the daemon does not watch /dev/vfio/devices, so that it would not see when the host wants the device back: start it when VFIO \
-         is loaded (modprobe vfio-pci)"
-    )]
-    NotWatched,
     /// The group was added before.
     #[error(
         "endpoint {endpoint} is in host IOMMU group {group} already, and the devices of a group are added together: remove it first"
@@ -135,9 +129,9 @@ pub enum AddError {
     Device(#[source] SetupError),
     /// Nobody would hold the devices after this process.
     #[error(
-        "the watcher does not take the files, so that nobody would hold the devices if the daemon were killed: start the daemon anew"
+        "the watcher does not take the files, so that nobody would detach the devices if the daemon were killed: {0}"
     )]
-    Keeper(#[source] std::io::Error),
+    Keeper(#[source] KeeperError),
 }
 
 impl Registry {
@@ -148,9 +142,6 @@ impl Registry {
     /// [`AddError`]; nothing was changed, and the files are closed.
     pub fn add(&self, addition: &Addition, files: Vec<OwnedFd>) -> Result<Plan, AddError> {
         let maker = self.files.as_ref().ok_or(AddError::NoIommufd)?;
-        if !self.is_watched() {
-            return Err(AddError::NotWatched);
-        }
         let Addition { group, vfio_members, devices } = addition;
         if devices.is_empty() || devices.len() > MOST_DEVICES || devices.len() != files.len() {
             return Err(AddError::Count { devices: devices.len(), files: files.len() });

@@ -78,19 +78,36 @@ impl DeviceFiles for VfioFiles {
     }
 }
 
+/// Somebody else who does not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    /// It has ended. Whatever it held is closed.
+    #[error("it is gone; start the daemon anew")]
+    Gone,
+    /// It has not answered in time. What it was asked it does later.
+    #[error("it has not answered yet, as while the host resets a device that it closes; wait a minute")]
+    Late,
+    /// It cannot hold more.
+    #[error("it cannot hold the file")]
+    Refused,
+    /// It cannot be asked.
+    #[error("it cannot be asked: {0}")]
+    Io(#[source] io::Error),
+}
+
 /// Somebody else who holds the devices' files, to detach the devices when this process is killed.
 pub trait Keeper: fmt::Debug + Send {
     /// Has it hold one more file; the place that it has there.
     ///
     /// # Errors
     ///
-    /// It does not.
-    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8>;
+    /// [`KeeperError`]; it does not, or not for long.
+    fn hold(&mut self, file: BorrowedFd<'_>) -> Result<u8, KeeperError>;
 
     /// Has it close the file that has a place. When this returns it has.
     ///
     /// # Errors
     ///
-    /// It did not say so.
-    fn release(&mut self, place: u8) -> io::Result<()>;
+    /// [`KeeperError`]; it did not say so.
+    fn release(&mut self, place: u8) -> Result<(), KeeperError>;
 }

@@ -24,7 +24,7 @@ mod service;
 pub use add::AddError;
 pub use client::{Client, ClientError};
 #[doc(hidden)]
-pub use files::{DeviceFile, DeviceFiles, FileError, Keeper, VfioFiles};
+pub use files::{DeviceFile, DeviceFiles, FileError, Keeper, KeeperError, VfioFiles};
 #[doc(hidden)]
 pub use listener::{ListenError, Place, examine, listen};
 pub(crate) use registry::MOST_ENDPOINTS;

@@ -7,13 +7,12 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
 
 use log::warn;
 
-use super::files::{DeviceFiles, Keeper};
+use super::files::{DeviceFiles, Keeper, KeeperError};
 use super::protocol;
 use crate::causes::with_causes;
 use crate::device::{EndpointStatus, Translation};
@@ -61,8 +60,6 @@ pub struct Registry {
     pub(super) files: Option<Box<dyn DeviceFiles>>,
     pub(super) policy: PolicyArguments,
     directory: PathBuf,
-    /// Somebody sees when a node goes.
-    is_watched: AtomicBool,
     entries: Mutex<Entries>,
 }
 
@@ -94,14 +91,14 @@ pub enum RemoveError {
     Count,
     /// Whoever else holds the file did not say that it was closed.
     #[error(
-        "endpoint {endpoint} was removed and reaches nothing, but the watcher did not close its file, so that the host cannot have \
-         the device back: end the watcher (its command line has --watch-devices)"
+        "endpoint {endpoint} was removed and reaches nothing, but the watcher did not say that it closed its file, before which the host \
+         cannot have the device back: {source}"
     )]
     Held {
         /// The endpoint.
         endpoint: EndpointId,
         /// Why.
-        source: io::Error,
+        source: KeeperError,
     },
 }
 
@@ -115,14 +112,7 @@ impl Registry {
         };
         let mut list: Vec<Entry> = devices.into_iter().enumerate().map(entry).collect();
         list.sort_by_key(Entry::id);
-        Self {
-            backend,
-            files,
-            policy,
-            directory,
-            is_watched: AtomicBool::new(false),
-            entries: Mutex::new(Entries { list, keeper }),
-        }
+        Self { backend, files, policy, directory, entries: Mutex::new(Entries { list, keeper }) }
     }
 
     pub(super) fn entries(&self) -> MutexGuard<'_, Entries> {
@@ -189,19 +179,14 @@ impl Registry {
             let AssignedDevice { node, .. } = &entry.assigned;
             warn!("endpoint {}: the host takes its device back (/dev/{node} is gone)", entry.id());
             if let Err(error) = self.let_go(&mut entries, &entry) {
-                warn!("endpoint {}: the watcher did not close its file: {error}", entry.id());
+                warn!("endpoint {}: the watcher did not say that it closed its file: {error}", entry.id());
             }
         }
     }
 
-    /// Whether somebody calls [`remove_those_gone`](Self::remove_those_gone) when a node goes; not at first. Without that nothing can
-    /// be added.
-    pub fn set_watched(&self, is_watched: bool) {
-        self.is_watched.store(is_watched, Ordering::Release);
-    }
-
-    pub(super) fn is_watched(&self) -> bool {
-        self.is_watched.load(Ordering::Acquire)
+    /// Whether anything can be added.
+    pub fn can_add(&self) -> bool {
+        self.files.is_some()
     }
 
     /// The keeper lets everything go: every endpoint is blocked.
@@ -211,11 +196,11 @@ impl Registry {
     }
 
     /// Removes an endpoint whose entry was taken out.
-    fn let_go(&self, entries: &mut Entries, entry: &Entry) -> io::Result<()> {
+    fn let_go(&self, entries: &mut Entries, entry: &Entry) -> Result<(), KeeperError> {
         self.backend.remove_endpoint(entry.id());
         match (&mut entries.keeper, entry.place) {
             (Some(keeper), Some(place)) => keeper.release(place),
-            (Some(_), None) => Err(io::Error::other("its place is not known")),
+            (Some(_), None) => Err(KeeperError::Io(io::Error::other("its place is not known"))),
             (None, _) => Ok(()),
         }
     }

@@ -182,7 +182,6 @@ fn kind_of(error: &AddError) -> RefusalKind {
         }
         AddError::NoIommufd
         | AddError::NoNode { .. }
-        | AddError::NotWatched
         | AddError::GroupIncomplete { .. }
         | AddError::NotInGroup { .. }
         | AddError::Direct { .. }

@@ -140,8 +140,9 @@ const EVERY: &[Call] = &[
 /// The host's page tables, by an iommufd and devices that are shared with the VMM.
 const HOST: &[Call] = &[ioctl(SHARED_REQUESTS)];
 
-/// What the watcher of devices is told and answers.
-const TELL_WATCHER: &[Call] = &[any(libc::SYS_recvmsg), any(libc::SYS_sendmsg)];
+/// What the watcher of devices is told and answers, and whether it has ended.
+const TELL_WATCHER: &[Call] =
+    &[any(libc::SYS_recvmsg), any(libc::SYS_sendmsg), any(libc::SYS_wait4), any(libc::SYS_waitid)];
 
 const MAIN: &[Call] = &[
     // The connection is closed.
@@ -152,9 +153,6 @@ const MAIN: &[Call] = &[
     any(libc::SYS_unlink),
     #[cfg(not(target_arch = "x86_64"))]
     any(libc::SYS_unlinkat),
-    // The watcher ends.
-    any(libc::SYS_wait4),
-    any(libc::SYS_waitid),
 ];
 
 /// Flags of a thread: glibc's, and musl's, which has `CLONE_DETACHED` too.
@@ -217,7 +215,8 @@ const CONTROL: &[Call] = &[
 #[expect(clippy::cast_possible_truncation, reason = "requests have 32 bits")]
 const FIONBIO: u32 = libc::FIONBIO as u32;
 
-const NODES: &[Call] = &[any(libc::SYS_statx)];
+/// The directory of nodes comes and goes, and is watched anew.
+const NODES: &[Call] = &[any(libc::SYS_statx), any(libc::SYS_inotify_add_watch)];
 
 /// How rustix opens a file that is made anew: with `O_LARGEFILE`, which glibc's headers have as 0 where files are large anyway.
 const MAKE_ANEW: u32 =

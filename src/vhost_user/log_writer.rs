@@ -94,7 +94,7 @@ impl Lines {
             match self.next() {
                 Next::Line(line) => write_line_to(to, &line),
                 Next::Lost(lines) => {
-                    warn!("{lines} lines of this log are missing here: the standard error was not read")
+                    warn!("{lines} lines of this log are missing here: the standard error was not read");
                 }
             }
         }

@@ -1,69 +1,108 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The devices' nodes: when one goes, the host wants the device back, and waits until its last file is closed.
+//! What the daemon must see happen to its devices: that a node goes, by which the host says that it wants the device back and waits
+//! until its last file is closed; and that the watcher ends, after which nobody would detach the devices if the daemon were killed.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::inotify::{CreateFlags, Reader, WatchFlags, add_watch, init};
-use rustix::io::Errno;
+use log::{error, warn};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+use rustix::io::{Errno, read};
 
 /// Where the nodes are.
 pub(super) const DIRECTORY: &str = "/dev/vfio/devices";
-/// How often a kernel without inotify is asked.
+/// How often is looked where the kernel does not tell.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// A watch over the nodes' directory.
+/// A watch over the nodes' directory, which need not be there: it goes with its last node and comes with the next.
 #[derive(Debug)]
 pub(super) struct NodeWatch {
-    /// `None` if the kernel has no inotify.
+    directory: PathBuf,
+    /// `None` if the kernel does not tell.
     inotify: Option<OwnedFd>,
+    /// Its other end is closed when the watcher ends.
+    watcher: Option<UnixStream>,
 }
 
 impl NodeWatch {
-    /// Begins to watch a directory.
+    /// Begins to watch a directory, and the watcher at the other end of a socket.
     ///
     /// # Errors
     ///
-    /// The kernel has no watches left, or there is no directory.
-    pub fn new(directory: &Path) -> io::Result<Self> {
-        let inotify = match init(CreateFlags::CLOEXEC) {
-            Ok(inotify) => {
-                add_watch(&inotify, directory, WatchFlags::DELETE | WatchFlags::MOVED_FROM)?;
-                Some(inotify)
-            }
+    /// The kernel's, unless it is that it has no inotify.
+    pub fn new(directory: &Path, watcher: Option<UnixStream>) -> io::Result<Self> {
+        let inotify = match init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) {
+            Ok(inotify) => Some(inotify),
             Err(Errno::NOSYS) => None,
             Err(errno) => return Err(errno.into()),
         };
-        Ok(Self { inotify })
+        let mut watch = Self { directory: directory.to_owned(), inotify, watcher };
+        watch.renew();
+        Ok(watch)
     }
 
     /// Has nodes looked at that may be gone, now and whenever one is, until that says to stop.
-    pub fn watch(self, mut look: impl FnMut() -> bool) {
-        // Some may have gone before the watch began.
-        if !look() {
-            return;
+    pub fn watch(mut self, mut look: impl FnMut() -> bool) {
+        // Some may have gone before the watch began, or before it was renewed.
+        while look() {
+            self.wait();
+            self.renew();
         }
-        let Some(inotify) = self.inotify else {
-            loop {
-                std::thread::sleep(INTERVAL);
-                if !look() {
+    }
+
+    /// Watches what there is of the directory and the two above it, so that it is seen when it comes.
+    fn renew(&mut self) {
+        const CHANGES: WatchFlags = WatchFlags::CREATE
+            .union(WatchFlags::DELETE)
+            .union(WatchFlags::MOVED_FROM)
+            .union(WatchFlags::MOVED_TO)
+            .union(WatchFlags::ONLYDIR);
+        let Some(inotify) = &self.inotify else { return };
+        // The innermost last: what is made in between is seen.
+        let watched: Vec<&Path> = self.directory.ancestors().take(3).collect();
+        for directory in watched.into_iter().rev() {
+            match add_watch(inotify, directory, CHANGES) {
+                Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => (),
+                Err(errno) => {
+                    warn!(
+                        "{} cannot be watched ({errno}): it is looked at twice a second instead",
+                        directory.display()
+                    );
+                    self.inotify = None;
                     return;
                 }
             }
-        };
-        let mut buffer = [const { MaybeUninit::uninit() }; 4096];
-        let mut events = Reader::new(inotify, &mut buffer);
-        loop {
-            match events.next() {
-                Ok(_) if look() => (),
-                Ok(_) => return,
-                Err(Errno::INTR) => (),
-                Err(errno) => return log::error!("the devices' nodes are not watched any more: {errno}"),
-            }
+        }
+    }
+
+    /// Waits until something may have changed. If it cannot wait, it was a while.
+    fn wait(&mut self) {
+        let timeout = self.inotify.is_none().then_some(INTERVAL);
+        let timeout = timeout.and_then(|interval| Timespec::try_from(interval).ok());
+        let mut files = Vec::new();
+        files.extend(self.watcher.as_ref().map(|watcher| PollFd::new(watcher, PollFlags::empty())));
+        files.extend(self.inotify.as_ref().map(|inotify| PollFd::new(inotify, PollFlags::IN)));
+        match poll(&mut files, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => (),
+            Err(_) => std::thread::sleep(INTERVAL),
+        }
+        let is_gone =
+            self.watcher.is_some() && files.first().is_some_and(|file| file.revents().contains(PollFlags::HUP));
+        drop(files);
+        if is_gone {
+            error!(
+                "the watcher is gone: if this process is killed too, the devices stay on the guest's mappings until the VMM ends"
+            );
+            self.watcher = None;
+        }
+        // What happened is looked at, however it is called.
+        while self.inotify.as_ref().is_some_and(|inotify| read(inotify, &mut [0; 4096]).is_ok_and(|length| length > 0))
+        {
         }
     }
 }
@@ -75,29 +114,46 @@ mod tests {
 
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(10);
+
     #[test]
-    fn whatever_goes_has_all_looked_at() {
+    fn whatever_goes_has_all_looked_at_even_when_the_directory_went_and_came() {
         for with_inotify in [true, false] {
-            let directory = tempfile::tempdir().unwrap();
-            let path = directory.path().join("vfio0");
-            fs::write(&path, "").unwrap();
-            let mut watch = NodeWatch::new(directory.path()).unwrap();
+            let place = tempfile::tempdir().unwrap();
+            let directory = place.path().join("vfio/devices");
+            let node = directory.join("vfio0");
+            let mut watch = NodeWatch::new(&directory, None).unwrap();
             if !with_inotify {
                 watch.inotify = None;
             }
             let (told, looked) = mpsc::channel();
-            let watching = std::thread::spawn(move || {
-                watch.watch(|| {
-                    let is_there = path.exists();
-                    told.send(is_there).unwrap();
-                    is_there
-                });
-            });
-            let next = || looked.recv_timeout(Duration::from_secs(10)).unwrap();
-            assert!(next(), "at once");
-            fs::remove_file(directory.path().join("vfio0")).unwrap();
-            while next() {}
+            let path = node.clone();
+            let watching = std::thread::spawn(move || watch.watch(|| told.send(path.exists()).is_ok()));
+            let wait_until = |is_there| while looked.recv_timeout(PATIENCE).unwrap() != is_there {};
+            wait_until(false);
+            for _ in 0..3 {
+                fs::create_dir_all(&directory).unwrap();
+                fs::write(&node, "").unwrap();
+                wait_until(true);
+                fs::remove_file(&node).unwrap();
+                wait_until(false);
+                fs::remove_dir_all(directory.parent().unwrap()).unwrap();
+            }
+            drop(looked);
+            fs::create_dir(directory.parent().unwrap()).unwrap();
             watching.join().unwrap();
         }
+    }
+
+    #[test]
+    fn the_end_of_the_watcher_is_seen_once_and_the_nodes_are_watched_still() {
+        let place = tempfile::tempdir().unwrap();
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        let mut watch = NodeWatch::new(place.path(), Some(socket)).unwrap();
+        drop(theirs);
+        watch.wait();
+        assert!(watch.watcher.is_none());
+        fs::write(place.path().join("vfio0"), "").unwrap();
+        watch.wait();
     }
 }

@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -185,6 +184,7 @@ fn serve_controlled(
     if let Some(metrics) = &metrics {
         metrics.begin(&backend)?;
     }
+    let watcher_ends = watcher.as_ref().map(Watcher::end).transpose().map_err(ServeError::Watcher)?;
     let pluggable = Pluggable {
         files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
         keeper: watcher.map(|watcher| Box::new(watcher) as Box<dyn Keeper>),
@@ -192,10 +192,21 @@ fn serve_controlled(
         directory: nodes::DIRECTORY.into(),
     };
     let registry = Arc::new(Registry::new(Arc::clone(&backend), endpoints, pluggable));
-    let result = serve_endpoints(arguments, source, readiness, &backend, &registry, control, metrics);
+    let is_watched = !registry.is_empty() || registry.can_add();
+    let watch = || NodeWatch::new(nodes::DIRECTORY.as_ref(), watcher_ends);
+    let watch = is_watched.then(watch).transpose().map_err(ServeError::Events)?;
+    let opened = Opened { control, metrics, watch };
+    let result = serve_endpoints(arguments, source, readiness, &backend, &registry, opened);
     // What was to be let go was.
     registry.close();
     result
+}
+
+/// What is open before anything is given up.
+struct Opened {
+    control: Option<UnixListener>,
+    metrics: Option<MetricsFile>,
+    watch: Option<NodeWatch>,
 }
 
 /// First opens what is to be opened, then gives up what is not needed, then starts the threads, each with what it needs alone.
@@ -205,13 +216,8 @@ fn serve_endpoints(
     readiness: Readiness,
     backend: &Arc<IommuBackend>,
     registry: &Arc<Registry>,
-    control: Option<UnixListener>,
-    metrics: Option<MetricsFile>,
+    Opened { control, metrics, watch }: Opened,
 ) -> Result<(), ServeError> {
-    let can_add = control.is_some();
-    let is_watched = !registry.is_empty() || can_add && Path::new(nodes::DIRECTORY).exists();
-    let watch =
-        is_watched.then(|| NodeWatch::new(nodes::DIRECTORY.as_ref())).transpose().map_err(ServeError::Events)?;
     let signals = Arc::new(Signals::new().map_err(ServeError::Events)?);
     // A path that this process listens on is removed when this returns: nobody else can connect.
     let Incoming { listener, relay, leftover: _leftover } = source.open()?;
@@ -221,7 +227,7 @@ fn serve_endpoints(
     let sandbox = confine(arguments)?;
     write_in_background(sandbox)?;
     if let Some(watch) = watch {
-        watch_nodes(sandbox, watch, registry, can_add)?;
+        watch_nodes(sandbox, watch, registry)?;
     }
     if let Some(control) = control {
         sandbox.spawn(ThreadKind::Control, "control", move || control.run())?;
@@ -257,19 +263,13 @@ fn confine(arguments: &Arguments) -> Result<Sandbox, SandboxError> {
 }
 
 /// Has endpoints removed whose devices the host wants back; for ever, if more can be added.
-fn watch_nodes(sandbox: Sandbox, watch: NodeWatch, registry: &Arc<Registry>, can_add: bool) -> Result<(), StartError> {
-    registry.set_watched(true);
+fn watch_nodes(sandbox: Sandbox, watch: NodeWatch, registry: &Arc<Registry>) -> Result<(), StartError> {
     let registry = Arc::clone(registry);
-    let looking = Arc::clone(&registry);
     let look = move || {
-        looking.remove_those_gone();
-        can_add || !looking.is_empty()
+        registry.remove_those_gone();
+        registry.can_add() || !registry.is_empty()
     };
-    let watching = move || {
-        watch.watch(look);
-        registry.set_watched(false);
-    };
-    sandbox.spawn(ThreadKind::Nodes, "nodes", watching)
+    sandbox.spawn(ThreadKind::Nodes, "nodes", move || watch.watch(look))
 }
 
 /// Asks for SIGHUP when the parent ends. Not for SIGTERM: a parent with threads ends one thread at a time, and each of them that had

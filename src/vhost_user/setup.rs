@@ -5,7 +5,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use log::{info, warn};
@@ -71,6 +72,17 @@ pub enum SetupError {
         found: PciAddress,
         /// The device that was said.
         host: PciAddress,
+    },
+    /// The node is not there.
+    #[error(
+        "endpoint {id}: /dev/{node} is not the device's where this process runs, so that it would not see when the host wants the device \
+         back: let it see /dev/vfio/devices of the host"
+    )]
+    NoNode {
+        /// The endpoint.
+        id: EndpointId,
+        /// The name of the node below `/dev`.
+        node: String,
     },
     /// The file cannot be looked at.
     #[error("endpoint {0}: its file cannot be examined")]
@@ -170,6 +182,7 @@ impl SetupError {
             | Self::Sysfs(_)
             | Self::Gather(_)
             | Self::Untraceable { .. }
+            | Self::NoNode { .. }
             | Self::Stat(..)
             | Self::StaleFacts { .. }
             | Self::GroupIncomplete { .. } => false,
@@ -324,6 +337,10 @@ fn assign(
     };
     arguments.policy.amend(&mut facts);
     let number = fstat(&file).map_err(|errno| SetupError::Stat(id, errno.into()))?.st_rdev;
+    let is_its_node = |metadata: &fs::Metadata| !metadata.file_type().is_char_device() || metadata.rdev() == number;
+    if !fs::symlink_metadata(Path::new("/dev").join(&node)).as_ref().is_ok_and(is_its_node) {
+        return Err(SetupError::NoNode { id, node });
+    }
     Ok(Assigned { id, host: found, device: VfioDevice::new(file, found.to_string())?, node, number, group, facts })
 }
 

@@ -8,21 +8,23 @@
 //!
 //! It says that it is confined before it listens. The daemon sends single bytes, and waits for the answer to those that have one.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use log::warn;
 
 use crate::causes::with_causes;
 use crate::control::passing::{receive, send};
-use crate::control::{Keeper, MOST_ENDPOINTS};
+use crate::control::{Keeper, KeeperError, MOST_ENDPOINTS};
 use crate::fd::{Adopted, DeviceNumbers, FileKind, adopt, close_inherited};
 use crate::host::iommufd::VfioDevice;
 use crate::sandbox::{Sandbox, SeccompMode};
+use crate::standard_error::write_line_now;
 
 /// The argument that makes the program a watcher, before how it is to be confined and the numbers of files.
 const ARGUMENT: &str = "--watch-devices";
@@ -45,8 +47,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Watcher {
     socket: UnixStream,
     child: Child,
-    /// An answer did not come: a later one could be taken for another's.
-    is_lost: bool,
+    /// What it was asked and has not answered yet, the oldest first.
+    unanswered: VecDeque<Question>,
+    /// How long an answer may take, and its end.
+    patience: Duration,
+}
+
+/// What it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Question {
+    Hold,
+    Release,
 }
 
 impl Watcher {
@@ -67,39 +78,87 @@ impl Watcher {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Self { socket, child, is_lost: false })
+        Ok(Self { socket, child, unanswered: VecDeque::new(), patience: PATIENCE })
     }
 
     /// Waits until it is confined, and whether it is; why it is not, it says on the standard error. To be asked once, before all else.
     pub fn is_confined(&mut self) -> bool {
         let mut word = [0];
-        self.is_lost = self.socket.read_exact(&mut word).is_err() || word != [CONFINED];
-        !self.is_lost
+        self.socket.read_exact(&mut word).is_ok() && word == [CONFINED]
+    }
+
+    /// A socket whose other end is closed when the watcher ends.
+    ///
+    /// # Errors
+    ///
+    /// No more files can be had.
+    pub fn end(&self) -> io::Result<UnixStream> {
+        self.socket.try_clone()
     }
 
     /// Says something, and waits for the answer.
-    fn ask(&mut self, word: u8, files: &[BorrowedFd<'_>]) -> io::Result<u8> {
-        if self.is_lost {
-            return Err(io::Error::other("it did not answer before"));
+    fn ask(&mut self, question: Question, word: u8, files: &[BorrowedFd<'_>]) -> Result<u8, KeeperError> {
+        while let Some(question) = self.unanswered.front().copied() {
+            // A file that came to be held too late is no endpoint's.
+            match (question, self.answer()?) {
+                (Question::Hold, place) if place != REFUSED => self.say(Question::Release, place, &[])?,
+                _ => (),
+            }
         }
+        self.say(question, word, files)?;
+        self.answer()
+    }
+
+    fn say(&mut self, question: Question, word: u8, files: &[BorrowedFd<'_>]) -> Result<(), KeeperError> {
+        send(&self.socket, &[word], files).map_err(|error| self.failure(error))?;
+        self.unanswered.push_back(question);
+        Ok(())
+    }
+
+    /// Waits for the answer to the oldest question that has none.
+    fn answer(&mut self) -> Result<u8, KeeperError> {
         let mut answer = [0];
-        let asked = send(&self.socket, &[word], files).and_then(|()| self.socket.read_exact(&mut answer));
-        self.is_lost = asked.is_err();
-        asked.map(|()| answer[0])
+        self.socket.read_exact(&mut answer).map_err(|error| self.failure(error))?;
+        self.unanswered.pop_front();
+        Ok(answer[0])
+    }
+
+    fn failure(&mut self, error: io::Error) -> KeeperError {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof, WouldBlock};
+        match error.kind() {
+            // Its socket is closed before the devices' files are.
+            BrokenPipe | ConnectionReset | UnexpectedEof if self.ends() => KeeperError::Gone,
+            BrokenPipe | ConnectionReset | UnexpectedEof | WouldBlock => KeeperError::Late,
+            _ => KeeperError::Io(error),
+        }
+    }
+
+    /// Whether it has ended, soon at least: then all its files are closed.
+    fn ends(&mut self) -> bool {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match self.child.try_wait() {
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                Ok(status) => return status.is_some(),
+                Err(_) => return false,
+            }
+        }
     }
 }
 
 impl Keeper for Watcher {
-    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8> {
-        match self.ask(HOLD, &[file])? {
-            REFUSED => Err(io::Error::other("it cannot hold the file")),
+    fn hold(&mut self, file: BorrowedFd<'_>) -> Result<u8, KeeperError> {
+        match self.ask(Question::Hold, HOLD, &[file])? {
+            REFUSED => Err(KeeperError::Refused),
             place => Ok(place),
         }
     }
 
-    fn release(&mut self, place: u8) -> io::Result<()> {
-        let answer = self.ask(place, &[])?;
-        if answer == place { Ok(()) } else { Err(io::Error::other("it answered something else")) }
+    fn release(&mut self, place: u8) -> Result<(), KeeperError> {
+        match self.ask(Question::Release, place, &[]) {
+            Ok(_) | Err(KeeperError::Gone) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -107,8 +166,10 @@ impl Drop for Watcher {
     /// Whatever was to be blocked is.
     fn drop(&mut self) {
         match self.socket.write_all(&[ALL_IS_WELL]) {
-            // It ends at once.
-            Ok(()) => _ = self.child.wait(),
+            Ok(()) if self.ends() => (),
+            Ok(()) => warn!(
+                "the watcher has not closed the devices' files yet, as while the host resets a device: it ends then"
+            ),
             Err(error) => warn!("the watcher does not listen: {error}"),
         }
     }
@@ -127,7 +188,7 @@ pub fn watch_if_asked() -> Option<ExitCode> {
     let _ = rustix::process::setsid();
     let numbers = DeviceNumbers::open().ok();
     if let Err(error) = confine(&confined) {
-        eprintln!("vhost-device-iommu: the watcher of devices cannot be confined: {error}");
+        write_line_now(&format!("vhost-device-iommu: the watcher of devices cannot be confined: {error}"));
         return Some(ExitCode::from(5));
     }
     let left = match send(io::stdin(), &[CONFINED], &[]) {
@@ -138,8 +199,8 @@ pub fn watch_if_asked() -> Option<ExitCode> {
         device.detach();
     }
     if !left.is_empty() {
-        eprintln!(
-            "vhost-device-iommu: the daemon ended without a word: the devices were detached, their DMA is refused"
+        write_line_now(
+            "vhost-device-iommu: the daemon ended without a word: the devices were detached, their DMA is refused",
         );
     }
     Some(ExitCode::SUCCESS)
@@ -236,7 +297,8 @@ mod tests {
             left.iter().flatten().map(|held| held.0).collect::<Vec<_>>()
         });
         let child = Command::new("true").spawn().unwrap();
-        let mut watcher = Watcher { socket: socket.try_clone().unwrap(), child, is_lost: false };
+        let mut watcher =
+            Watcher { socket: socket.try_clone().unwrap(), child, unanswered: VecDeque::new(), patience: PATIENCE };
         let null = File::open("/dev/null").unwrap();
         let root = File::open("/").unwrap();
         assert_eq!(watcher.hold(null.as_fd()).unwrap(), 1, "the first place that is free");
@@ -252,6 +314,62 @@ mod tests {
         std::mem::forget(watcher);
         socket.shutdown(std::net::Shutdown::Both).unwrap();
         assert_eq!(watching.join().unwrap(), ["added", "added"]);
+    }
+
+    /// A watcher that is played by the test, at the other end of the socket.
+    fn played(child: Child) -> (Watcher, UnixStream) {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        let patience = Duration::from_millis(100);
+        socket.set_read_timeout(Some(patience)).unwrap();
+        (Watcher { socket, child, unanswered: VecDeque::new(), patience }, theirs)
+    }
+
+    fn hear(theirs: &mut UnixStream) -> u8 {
+        let mut word = [0];
+        theirs.read_exact(&mut word).unwrap();
+        word[0]
+    }
+
+    #[test]
+    fn an_answer_that_comes_late_is_not_taken_for_anothers() {
+        let (mut watcher, mut theirs) = played(Command::new("true").spawn().unwrap());
+        let null = File::open("/dev/null").unwrap();
+        assert!(matches!(watcher.release(3), Err(KeeperError::Late)));
+        assert!(matches!(watcher.hold(null.as_fd()), Err(KeeperError::Late)), "it is not asked while it is late");
+        assert_eq!(hear(&mut theirs), 3);
+        theirs.write_all(&[3]).unwrap();
+        assert!(matches!(watcher.hold(null.as_fd()), Err(KeeperError::Late)));
+        assert_eq!(hear(&mut theirs), HOLD);
+        // The file that nobody waits for any more is at place 7; that it is let go is said first.
+        theirs.write_all(&[7, 7, 5]).unwrap();
+        assert_eq!(watcher.hold(null.as_fd()).unwrap(), 5);
+        assert_eq!([hear(&mut theirs), hear(&mut theirs)], [7, HOLD]);
+        assert!(watcher.unanswered.is_empty());
+    }
+
+    #[test]
+    fn a_watcher_that_is_gone_holds_nothing_and_takes_nothing() {
+        let (mut watcher, theirs) = played(Command::new("true").spawn().unwrap());
+        drop(theirs);
+        let null = File::open("/dev/null").unwrap();
+        watcher.release(3).unwrap();
+        assert!(matches!(watcher.hold(null.as_fd()), Err(KeeperError::Gone)));
+        assert_eq!(watcher.end().unwrap().read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_watcher_that_does_not_end_holds_nobody_up() {
+        let (watcher, mut theirs) =
+            played(Command::new("sleep").arg("60").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        let pid = rustix::process::Pid::from_child(&watcher.child);
+        let (told, dropped) = mpsc::channel();
+        std::thread::spawn(move || {
+            drop(watcher);
+            told.send(()).unwrap();
+        });
+        assert_eq!(hear(&mut theirs), ALL_IS_WELL);
+        dropped.recv_timeout(4 * PATIENCE).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
     #[test]

@@ -127,8 +127,9 @@ const SOME: &[(Try, &[&str], i64)] = &[
     (ioctl("detach", VFIO_DEVICE_DETACH_IOMMUFD_PT), HOST_AND_WATCHER, -EBADF),
     (ioctl("no waiting", FIONBIO), &["control"], -EBADF),
     (("accept", libc::SYS_accept4, [NO_FILE, 0, 0, 0, 0, 0]), &["control", "frontend", "vhost-user"], -EBADF),
+    (("watch a directory", libc::SYS_inotify_add_watch, [NO_FILE, 0, 0, 0, 0, 0]), &["nodes"], -EINVAL),
     (("remove a file", libc::SYS_unlink, [0; 6]), &["main"], -EFAULT),
-    (("wait for a process", libc::SYS_wait4, [NO_FILE, 0, 1, 0, 0, 0]), &["main"], -ECHILD),
+    (("wait for a process", libc::SYS_wait4, [NO_FILE, 0, 1, 0, 0, 0]), &["main", "control", "nodes"], -ECHILD),
     // The older call, which can be looked into, is taken then.
     (("a thread, by clone3", libc::SYS_clone3, [0; 6]), &["frontend", "vhost-user"], -ENOSYS),
     (("a name", libc::SYS_prctl, [15, 0, 0, 0, 0, 0]), &["frontend", "vhost-user"], -EFAULT),
@@ -145,6 +146,7 @@ const HOST: &[&str] = &["main", "vring_worker", "frontend", "vhost-user", "contr
 const HOST_AND_WATCHER: &[&str] = &["main", "vring_worker", "frontend", "vhost-user", "control", "nodes", "watcher"];
 const EBADF: i64 = libc::EBADF as i64;
 const EFAULT: i64 = libc::EFAULT as i64;
+const EINVAL: i64 = libc::EINVAL as i64;
 const ECHILD: i64 = libc::ECHILD as i64;
 const ENOSYS: i64 = libc::ENOSYS as i64;
 

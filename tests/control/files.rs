@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use virtio_iommu::control::{DeviceFile, DeviceFiles, FileError, Keeper};
+use virtio_iommu::control::{DeviceFile, DeviceFiles, FileError, Keeper, KeeperError};
 use virtio_iommu::host::HostGroup;
 use virtio_iommu::host::fake::FakeHost;
 use virtio_iommu::range::RangeSet;
@@ -110,10 +110,10 @@ impl Kept {
 }
 
 impl Keeper for Kept {
-    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8> {
+    fn hold(&mut self, file: BorrowedFd<'_>) -> Result<u8, KeeperError> {
         let mut state = self.0.lock().unwrap();
         if state.refuses_from.is_some_and(|most| state.files.iter().flatten().count() >= most) {
-            return Err(io::Error::other("no more"));
+            return Err(KeeperError::Refused);
         }
         // The place of the endpoint that is there from the start is not free.
         let place = state.files.iter().position(Option::is_none).unwrap_or(state.files.len());
@@ -126,10 +126,10 @@ impl Keeper for Kept {
         Ok(place as u8 + 1)
     }
 
-    fn release(&mut self, place: u8) -> io::Result<()> {
+    fn release(&mut self, place: u8) -> Result<(), KeeperError> {
         let mut state = self.0.lock().unwrap();
         if state.refuses_from == Some(0) {
-            return Err(io::Error::other("it hangs"));
+            return Err(KeeperError::Late);
         }
         if let Some(place) = usize::from(place).checked_sub(1) {
             state.files[place] = None;

@@ -107,7 +107,6 @@ impl Bench {
             plan: planned,
         };
         let registry = Arc::new(Registry::new(Arc::clone(&backend), vec![first], pluggable));
-        registry.set_watched(true);
         let listener = UnixListener::bind(directory.path().join("control")).unwrap();
         let server = ControlServer::new(listener, Arc::clone(&registry), limits).unwrap();
         std::thread::spawn(move || server.run());

@@ -181,7 +181,7 @@ fn a_watcher_that_does_not_let_go_is_told_of() {
     bench.keeper.refuse_from(0);
     let reply = bench.ask(&remove(&[NEW_TEXT]));
     let (kind, message) = refusal(&reply);
-    assert!(kind == "host" && message.contains("the watcher did not close its file"), "{message}");
+    assert!(kind == "host" && message.contains("the watcher did not say that it closed its file"), "{message}");
     assert!(closed[0].is_open());
     assert_eq!(bench.host.attachment(NEW), Attachment::Blocked, "it reaches nothing all the same");
 }

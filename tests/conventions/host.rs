@@ -45,13 +45,20 @@ impl Host {
         fs::write(path, text).unwrap();
     }
 
-    /// Runs a daemon that ends by itself on this host, with `/dev/iommu` as number 3 and the device as number 4.
+    /// Runs a daemon that ends by itself on this host.
     pub fn daemon(&self, start: Start) -> Ended {
+        self.inside(start).run()
+    }
+
+    /// To be started on this host, with `/dev/iommu` as number 3 and the device as number 4. `NODE` is the name of the one node that is
+    /// there, instead of the device's.
+    pub fn inside(&self, start: Start) -> Start {
         let sys = self.path("").display().to_string();
-        let inside = start.environment("FAKE_SYS", sys).script(
+        start.environment("FAKE_SYS", sys).script(
             "[ -n \"$INSIDE\" ] || INSIDE=1 exec unshare --user --map-root-user --mount \
-             sh -c 'mount --bind \"$FAKE_SYS\" /sys && exec \"$0\" \"$@\" --iommufd-fd=3 3<>/dev/null 4<>/dev/zero' \"$0\" \"$@\";",
-        );
-        inside.run()
+             sh -c 'exec 3<>/dev/null 4<>/dev/zero && mount --bind \"$FAKE_SYS\" /sys && mount -t tmpfs none /dev && \
+             mkdir -p /dev/vfio/devices && : >/dev/null && : >/dev/vfio/devices/${NODE:-vfio0} && \
+             exec \"$0\" \"$@\" --iommufd-fd=3' \"$0\" \"$@\";",
+        )
     }
 }

@@ -17,6 +17,7 @@ mod options;
 mod pages;
 mod readiness;
 mod sockets;
+mod watcher;
 
 use std::fs::File;
 use std::io::{Read, Seek};

@@ -11,7 +11,16 @@ use super::*;
 const SHORTEST: usize = 9;
 
 /// What prints a message for an operator. The literal comes next.
-const PRINTS: [&str; 6] = ["error!(", "warn!(", "self.warn(format_args!(", "eprintln!(", "Level::Warn,", "Failure(3,"];
+const PRINTS: [&str; 8] = [
+    "error!(",
+    "warn!(",
+    "self.warn(format_args!(",
+    "eprintln!(",
+    "write_line_now(",
+    "write_line_now(&",
+    "Level::Warn,",
+    "Failure(3,",
+];
 
 /// Errors whose messages come with exit code 1, 3, 4 or 5; a name that ends with / is a directory.
 const ERRORS: [&str; 14] = [

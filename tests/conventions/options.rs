@@ -143,5 +143,13 @@ fn a_check_looks_at_the_files_and_the_host_of_endpoints() {
     let Ended { code, out, err } = check(&["--endpoint=id=00:03.0,cdev-fd=4,host=02:00.0"]);
     assert_eq!((code, out.as_str()), (Some(2), ""));
     assert!(err.contains("fd 4 is for the host device 0000:01:00.0, not 0000:02:00.0"), "{err}");
+    // The host has the device's node, but where the daemon runs there is another's only.
+    let endpoint = "--endpoint=id=00:03.0,cdev-fd=4,host=01:00.0";
+    for options in [&["--check"][..], &[]] {
+        let start = Start::with(&[&[endpoint], options].concat()).option("socket-path", &place.socket);
+        let Ended { code, out, err } = host.daemon(start.environment("NODE", "vfio1"));
+        assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
+        assert!(err.contains("/dev/vfio/devices/vfio0 is not the device's where this process runs"), "{err}");
+    }
     assert!(!place.socket.exists());
 }

@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use serde_json::{Value, json};
 use virtio_iommu::control::{
-    AssignedDevice, ControlServer, DeviceFile, DeviceFiles, FileError, Keeper, Limits, Pluggable, Registry,
+    AssignedDevice, ControlServer, DeviceFile, DeviceFiles, FileError, Keeper, KeeperError, Limits, Pluggable, Registry,
 };
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::HostGroup;
@@ -93,17 +93,17 @@ impl Copies {
 }
 
 impl Keeper for Copies {
-    fn hold(&mut self, file: BorrowedFd<'_>) -> io::Result<u8> {
+    fn hold(&mut self, file: BorrowedFd<'_>) -> Result<u8, KeeperError> {
         let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // The first endpoint's is taken.
         let place = (1..=u8::MAX).find(|place| !files.contains_key(place)).expect("a place");
-        files.insert(place, file.try_clone_to_owned()?);
+        files.insert(place, file.try_clone_to_owned().map_err(KeeperError::Io)?);
         Ok(place)
     }
 
-    fn release(&mut self, place: u8) -> io::Result<()> {
+    fn release(&mut self, place: u8) -> Result<(), KeeperError> {
         let file = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&place);
-        file.map(drop).ok_or_else(|| io::Error::other("nothing is there"))
+        file.map(drop).ok_or_else(|| KeeperError::Io(io::Error::other("nothing is there")))
     }
 }
 
@@ -152,7 +152,6 @@ impl Bench {
             plan: planned,
         };
         let registry = Arc::new(Registry::new(backend, vec![first], pluggable));
-        registry.set_watched(true);
         let socket = directory.join("socket");
         // One of another process with this number.
         let _ = fs::remove_file(&socket);

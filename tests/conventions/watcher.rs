@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The process that holds the devices when the daemon is gone, when it goes first or holds on.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use super::host::Host;
+use super::*;
+
+/// A daemon that devices can be added to, and its watcher.
+fn start(host: &Host, place: &Place) -> (Daemon, Pid) {
+    let control = place.path("control/socket");
+    let start = Start::with(&[]).option("control-path", &control).option("socket-path", &place.socket);
+    let daemon = host.inside(start).start();
+    let deadline = Instant::now() + PATIENCE;
+    let pid = daemon.child.id();
+    while UnixStream::connect(&control).is_err() || !place.socket.exists() {
+        assert!(Instant::now() < deadline, "the daemon does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    (daemon, Pid::from_raw(children.trim().parse().expect("one child")))
+}
+
+#[test]
+fn the_end_of_the_watcher_is_said_and_the_daemon_goes_on() {
+    let Some(host) = Host::new() else { return };
+    let place = Place::new();
+    let (daemon, watcher) = start(&host, &place);
+    kill(watcher, Signal::SIGKILL).unwrap();
+    let said = || {
+        // Where the daemon writes is not to be moved.
+        let mut said = vec![0; 1 << 16];
+        let length = daemon.log.read_at(&mut said, 0).unwrap();
+        String::from_utf8_lossy(&said[..length]).into_owned()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while !said().contains("the watcher is gone: if this process is killed too") {
+        assert!(Instant::now() < deadline, "{}", said());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(use_device(UnixStream::connect(&place.socket).unwrap()));
+    let ended = daemon.end();
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    assert_eq!(ended.err.matches("the watcher is gone").count(), 1, "{}", ended.err);
+}
+
+#[test]
+fn a_watcher_that_does_not_end_does_not_keep_the_daemon() {
+    let Some(host) = Host::new() else { return };
+    let place = Place::new();
+    let (daemon, watcher) = start(&host, &place);
+    kill(watcher, Signal::SIGSTOP).unwrap();
+    let said = daemon.end_well();
+    assert!(said.contains("the watcher has not closed the devices' files yet"), "{said}");
+    kill(watcher, Signal::SIGKILL).unwrap();
+}
