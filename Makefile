@@ -129,7 +129,7 @@ fuzz:
 fuzz-smoke:
 	@echo "fuzz: seeds and regressions"
 	@$(CARGO) test --quiet --manifest-path fuzz/inputs/Cargo.toml
-	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),20,$(SECONDS))
+	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),10,$(SECONDS))
 
 # Every fuzz target, or those named in TARGETS, for so many seconds each, and what is found kept: needs what fuzz does.
 campaign:

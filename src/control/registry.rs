@@ -189,6 +189,11 @@ impl Registry {
         self.files.is_some()
     }
 
+    /// Whether somebody else is to hold the files; not any more once [`close`](Self::close) was called.
+    pub fn is_kept(&self) -> bool {
+        self.entries().keeper.is_some()
+    }
+
     /// The keeper lets everything go: every endpoint is blocked.
     pub fn close(&self) {
         let keeper = self.entries().keeper.take();

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use log::{error, warn};
+use log::warn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
 use rustix::io::{Errno, read};
@@ -46,11 +46,11 @@ impl NodeWatch {
         Ok(watch)
     }
 
-    /// Has nodes looked at that may be gone, now and whenever one is, until that says to stop.
-    pub fn watch(mut self, mut look: impl FnMut() -> bool) {
+    /// Has nodes looked at that may be gone, now and whenever one is, until that says to stop; and says when the watcher has ended.
+    pub fn watch(mut self, mut look: impl FnMut() -> bool, watcher_ended: impl Fn()) {
         // Some may have gone before the watch began, or before it was renewed.
         while look() {
-            self.wait();
+            self.wait(&watcher_ended);
             self.renew();
         }
     }
@@ -81,7 +81,7 @@ impl NodeWatch {
     }
 
     /// Waits until something may have changed. If it cannot wait, it was a while.
-    fn wait(&mut self) {
+    fn wait(&mut self, watcher_ended: impl Fn()) {
         let timeout = self.inotify.is_none().then_some(INTERVAL);
         let timeout = timeout.and_then(|interval| Timespec::try_from(interval).ok());
         let mut files = Vec::new();
@@ -95,9 +95,7 @@ impl NodeWatch {
             self.watcher.is_some() && files.first().is_some_and(|file| file.revents().contains(PollFlags::HUP));
         drop(files);
         if is_gone {
-            error!(
-                "the watcher is gone: if this process is killed too, the devices stay on the guest's mappings until the VMM ends"
-            );
+            watcher_ended();
             self.watcher = None;
         }
         // What happened is looked at, however it is called.
@@ -109,6 +107,7 @@ impl NodeWatch {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::fs;
     use std::sync::mpsc;
 
@@ -128,7 +127,7 @@ mod tests {
             }
             let (told, looked) = mpsc::channel();
             let path = node.clone();
-            let watching = std::thread::spawn(move || watch.watch(|| told.send(path.exists()).is_ok()));
+            let watching = std::thread::spawn(move || watch.watch(|| told.send(path.exists()).is_ok(), || ()));
             let wait_until = |is_there| while looked.recv_timeout(PATIENCE).unwrap() != is_there {};
             wait_until(false);
             for _ in 0..3 {
@@ -151,9 +150,11 @@ mod tests {
         let (socket, theirs) = UnixStream::pair().unwrap();
         let mut watch = NodeWatch::new(place.path(), Some(socket)).unwrap();
         drop(theirs);
-        watch.wait();
-        assert!(watch.watcher.is_none());
+        let ended = Cell::new(0);
+        watch.wait(|| ended.set(ended.get() + 1));
+        assert_eq!(ended.get(), 1);
         fs::write(place.path().join("vfio0"), "").unwrap();
-        watch.wait();
+        watch.wait(|| ended.set(ended.get() + 1));
+        assert_eq!(ended.get(), 1);
     }
 }

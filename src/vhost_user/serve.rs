@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use log::{info, warn};
+use log::{error, info, warn};
 use vhost::vhost_user::Error as ProtocolError;
 use vhost_user_backend::Error as DaemonError;
 
@@ -265,11 +265,22 @@ fn confine(arguments: &Arguments) -> Result<Sandbox, SandboxError> {
 /// Has endpoints removed whose devices the host wants back; for ever, if more can be added.
 fn watch_nodes(sandbox: Sandbox, watch: NodeWatch, registry: &Arc<Registry>) -> Result<(), StartError> {
     let registry = Arc::clone(registry);
-    let look = move || {
-        registry.remove_those_gone();
-        registry.can_add() || !registry.is_empty()
+    let watch = move || {
+        let look = || {
+            registry.remove_those_gone();
+            registry.can_add() || !registry.is_empty()
+        };
+        let watcher_ended = || {
+            // At the end of this process it is told to.
+            if registry.is_kept() {
+                error!(
+                    "the watcher is gone: if this process is killed too, the devices stay on the guest's mappings until the VMM ends"
+                );
+            }
+        };
+        watch.watch(look, watcher_ended);
     };
-    sandbox.spawn(ThreadKind::Nodes, "nodes", move || watch.watch(look))
+    sandbox.spawn(ThreadKind::Nodes, "nodes", watch)
 }
 
 /// Asks for SIGHUP when the parent ends. Not for SIGTERM: a parent with threads ends one thread at a time, and each of them that had

@@ -47,6 +47,19 @@ fn the_end_of_the_watcher_is_said_and_the_daemon_goes_on() {
 }
 
 #[test]
+fn the_watcher_ends_with_the_daemon_and_nothing_is_said_of_it() {
+    let Some(host) = Host::new() else { return };
+    // Whoever hears of its end first may be late.
+    for _ in 0..10 {
+        let place = Place::new();
+        let (daemon, watcher) = start(&host, &place);
+        let said = daemon.end_well();
+        assert!(!said.contains("watcher"), "{said}");
+        assert!(kill(watcher, None).is_err(), "it has ended");
+    }
+}
+
+#[test]
 fn a_watcher_that_does_not_end_does_not_keep_the_daemon() {
     let Some(host) = Host::new() else { return };
     let place = Place::new();
