@@ -157,8 +157,11 @@ pub fn assert_calls(name: &str, thread: Pid) {
         assert_eq!(thread.call(*number, *arguments), Outcome::Trapped, "{name}: {what}");
     }
     for ((what, number, arguments), who, returned) in SOME {
+        let outcome = thread.call(*number, *arguments);
         let expected = if who.contains(&name) { Outcome::Returned(*returned) } else { Outcome::Trapped };
-        assert_eq!(thread.call(*number, *arguments), expected, "{name}: {what}");
+        // A kernel may have been built without it.
+        let is_unknown = outcome == Outcome::Returned(-ENOSYS) && *number == libc::SYS_inotify_add_watch;
+        assert!(outcome == expected || is_unknown && who.contains(&name), "{name}: {what}: {outcome:?}");
     }
     for (what, number, arguments) in TRIED {
         assert_eq!(thread.call(*number, *arguments), Outcome::Returned(-ENOSYS), "{name}: {what}");
