@@ -13,6 +13,7 @@ mod connection;
 mod counters;
 mod faults;
 mod files;
+mod level;
 mod listener;
 pub(crate) mod passing;
 pub mod protocol;

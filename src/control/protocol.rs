@@ -10,10 +10,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
 pub use super::counters::{Bucket, Count, Durations, Stats, Times};
+pub use super::level::Level;
 use crate::id::{EndpointId, PciAddress};
 use crate::range::{ParseRangeError, parse_address};
 use crate::reserved::facts::{Facts, Text};
@@ -280,50 +280,6 @@ pub enum FaultReason {
     Mapping,
     /// Anything else.
     Unknown,
-}
-
-/// How much is logged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// Nothing.
-    Off,
-    /// What ends the daemon, or loses something.
-    Error,
-    /// What an operator should look at.
-    Warn,
-    /// What happens.
-    Info,
-    /// What was tried on the way.
-    Debug,
-    /// Everything.
-    Trace,
-}
-
-impl From<Level> for LevelFilter {
-    fn from(level: Level) -> Self {
-        match level {
-            Level::Off => Self::Off,
-            Level::Error => Self::Error,
-            Level::Warn => Self::Warn,
-            Level::Info => Self::Info,
-            Level::Debug => Self::Debug,
-            Level::Trace => Self::Trace,
-        }
-    }
-}
-
-impl From<LevelFilter> for Level {
-    fn from(level: LevelFilter) -> Self {
-        match level {
-            LevelFilter::Off => Self::Off,
-            LevelFilter::Error => Self::Error,
-            LevelFilter::Warn => Self::Warn,
-            LevelFilter::Info => Self::Info,
-            LevelFilter::Debug => Self::Debug,
-            LevelFilter::Trace => Self::Trace,
-        }
-    }
 }
 
 /// What was wrong with a request, and what to do.
