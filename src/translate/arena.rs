@@ -37,6 +37,8 @@ pub(super) struct Arena {
     /// For each node, which of its entries are not zero. Only looked at under the lock of the tree that has the node.
     occupied: Box<[AtomicU64]>,
     free: Mutex<Free>,
+    /// How often an address was put into a tree. Nothing is ordered by it, so that the model checker need not know.
+    fills: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug)]
@@ -51,7 +53,7 @@ impl Arena {
     pub fn new(nodes: u32) -> Self {
         let count = nodes as usize;
         let free = Mutex::new(Free { returned: Vec::new(), next: 0 });
-        Self { entries: zeroed(count.saturating_mul(SLOTS)), occupied: zeroed(count), free }
+        Self { entries: zeroed(count.saturating_mul(SLOTS)), occupied: zeroed(count), free, fills: 0.into() }
     }
 
     /// A node without entries, if one is left.
@@ -97,11 +99,19 @@ impl Arena {
     }
 
     /// How many nodes are in use.
-    #[cfg(not(loom))]
-    #[cfg(test)]
     pub fn in_use(&self) -> usize {
-        let free = self.free.lock().unwrap();
-        free.next as usize - free.returned.len()
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        (free.next as usize).saturating_sub(free.returned.len())
+    }
+
+    /// Counts an address that is put into a tree.
+    pub fn count_fill(&self) {
+        self.fills.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// How often that was.
+    pub fn fills(&self) -> u64 {
+        self.fills.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
 

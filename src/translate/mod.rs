@@ -80,6 +80,15 @@ impl Default for Limits {
     }
 }
 
+/// What a [`Translation`] uses of its [`Limits`], and what for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// How many addresses, one by one or in blocks, were looked up in vain and then put where the next lookup finds them.
+    pub fills: u64,
+    /// How many nodes of all domains are in use now.
+    pub nodes: usize,
+}
+
 /// Translates for the emulated endpoints of a VM.
 #[derive(Debug)]
 pub struct Translation {
@@ -101,6 +110,11 @@ impl Translation {
     /// A group of endpoints, which the guest cannot isolate from each other; usually just one.
     pub fn group(self: &Arc<Self>, members: Vec<EndpointId>) -> EmulatedGroup {
         EmulatedGroup::new(Arc::clone(self), members)
+    }
+
+    /// How much is used, and how often lookups had to go to the guest's mappings.
+    pub fn usage(&self) -> Usage {
+        Usage { fills: self.arena.fills(), nodes: self.arena.in_use() }
     }
 
     fn table(&self) -> Table {

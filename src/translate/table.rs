@@ -152,6 +152,7 @@ impl Table {
             if let Some(below) = entry.as_node() {
                 node = below;
             } else if let Some(entry) = entry_for(mapping, iova, shift, entry) {
+                self.arena.count_fill();
                 return self.arena.store(node, slot, entry);
             } else {
                 let Some(below) = self.take_node(truth) else { return };

@@ -31,6 +31,7 @@ type Memory = GuestMemoryMmap<AtomicBitmap>;
 struct Machine {
     device: VirtioIommu,
     memory: Memory,
+    translation: Arc<Translation>,
     disk: Translator,
     net: Translator,
     #[cfg_attr(not(feature = "vhost"), expect(dead_code, reason = "only caches are added to it"))]
@@ -51,7 +52,7 @@ impl Machine {
         assert_eq!(device.first_fault(), None);
         device.set_memory(ram(&memory));
         device.set_driver_features(device.features());
-        Self { device, memory, disk, net, groups }
+        Self { device, memory, translation, disk, net, groups }
     }
 
     fn send(&mut self, words: &[u32]) -> u8 {
@@ -123,6 +124,25 @@ fn an_endpoint_reaches_what_its_domain_maps_and_nothing_else() {
     assert_eq!(physical(&machine.disk, 0x5008, Access::READ), Err(RefusalReason::NotMapped));
     assert_eq!(machine.detach(1, DISK), OK);
     assert_eq!(physical(&machine.disk, 0x5008, Access::READ), Err(RefusalReason::NoTable));
+}
+
+#[test]
+fn an_address_is_filled_in_once_until_it_is_unmapped() {
+    let mut machine = Machine::new(Limits::default(), false);
+    assert_eq!(machine.attach(1, DISK), OK);
+    assert_eq!(machine.map(1, 0x5000, 2 * PAGE, 0x2000, READ), OK);
+    assert_eq!(machine.translation.usage(), Usage { fills: 0, nodes: 0 }, "mapping looks nothing up");
+    for (iova, fills) in [(0x5008, 1), (0x5ff8, 1), (0x9000, 1), (0x6000, 2), (0x5000, 2)] {
+        let _ = physical(&machine.disk, iova, Access::READ);
+        assert_eq!(machine.translation.usage().fills, fills, "{iova:#x}");
+    }
+    assert!(machine.translation.usage().nodes > 0);
+    assert_eq!(machine.unmap(1, 0x5000, 2 * PAGE), OK);
+    assert_eq!(machine.map(1, 0x5000, PAGE, 0x2000, READ), OK);
+    let _ = physical(&machine.disk, 0x5000, Access::READ);
+    assert_eq!(machine.translation.usage().fills, 3);
+    assert_eq!(machine.detach(1, DISK), OK);
+    assert_eq!(machine.translation.usage(), Usage { fills: 3, nodes: 0 });
 }
 
 #[test]
