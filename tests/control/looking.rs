@@ -85,7 +85,7 @@ fn the_plan_is_what_the_guest_is_told() {
 }
 
 #[test]
-fn a_request_that_takes_long_holds_up_nobody_else() {
+fn a_client_that_is_slow_holds_up_nobody_else() {
     let bench = Bench::new();
     let mut guest = bench.guest();
     assert_eq!(guest.send(&attach(1, FIRST.0, 0)), OK);
