@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::panic::PanicHookInfo;
 
 use clap::ValueEnum;
 use env_logger::fmt::Formatter;
@@ -13,6 +14,7 @@ use log::{Level, LevelFilter, Record};
 use serde::Serialize;
 
 use super::log_writer::LogOutput;
+use crate::standard_error::write_line_now;
 
 /// How lines of the log look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -28,6 +30,8 @@ pub enum LogFormat {
 
 /// Starts the log. The level is set by `log::set_max_level` alone, and can be changed by it later; `RUST_LOG` narrows what modules may
 /// log. What the virtqueues' library logs is the guest's doing, line by line, and is left out.
+///
+/// A panic, which ends the process, is one line past all that: it waits for nobody who does not read.
 ///
 /// To be called once; later calls change nothing.
 pub fn start_log(level: Option<LevelFilter>, format: LogFormat) {
@@ -48,7 +52,14 @@ pub fn start_log(level: Option<LevelFilter>, format: LogFormat) {
     let by_environment = if directives.is_some() { logger.filter() } else { LevelFilter::Info };
     if log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level.unwrap_or(by_environment));
+        std::panic::set_hook(Box::new(say_panic));
     }
+}
+
+fn say_panic(panic: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("without a name");
+    write_line_now(&format!("vhost-device-iommu: thread {name} {}", one_line(&panic.to_string())));
 }
 
 fn text(to: &mut Formatter, record: &Record<'_>) -> io::Result<()> {
@@ -103,7 +114,55 @@ fn one_line(message: &str) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
+
     use super::*;
+
+    const ASKED: &str = "VIRTIO_IOMMU_TEST_PANICS";
+
+    #[test]
+    fn panics_if_asked() {
+        if std::env::var_os(ASKED).is_some() {
+            start_log(None, LogFormat::Text);
+            panic!("two\nlines");
+        }
+    }
+
+    #[test]
+    fn a_panic_is_one_line_and_waits_for_nobody_who_does_not_read() {
+        for is_full in [false, true] {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            if is_full {
+                rustix::io::ioctl_fionbio(&writer, true).unwrap();
+                while rustix::io::write(&writer, b".").is_ok() {}
+                rustix::io::ioctl_fionbio(&writer, false).unwrap();
+            }
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", "vhost_user::logging::tests::panics_if_asked", "--nocapture"]).env(ASKED, "");
+            let mut child =
+                command.stdout(Stdio::null()).stderr(writer.as_fd().try_clone_to_owned().unwrap()).spawn().unwrap();
+            drop((command, writer));
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while child.try_wait().unwrap().is_none() {
+                if Instant::now() > deadline {
+                    child.kill().unwrap();
+                    panic!("it does not end");
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            assert_eq!(child.wait().unwrap().code(), Some(101));
+            let mut said = String::new();
+            File::from(reader).read_to_string(&mut said).unwrap();
+            if !is_full {
+                assert!(said.starts_with("vhost-device-iommu: thread vhost_user::logging::tests"), "{said}");
+                assert!(said.contains(r":\ntwo\nlines") && said.lines().count() == 1, "{said}");
+            }
+        }
+    }
 
     #[test]
     fn a_message_is_one_line() {
