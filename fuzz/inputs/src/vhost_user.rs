@@ -368,8 +368,9 @@ impl Run {
     }
 }
 
-fn open_files() -> usize {
-    fs::read_dir("/proc/self/fd").expect("a list of files").count()
+/// How many files are open, and how many threads run.
+fn in_use() -> [usize; 2] {
+    ["/proc/self/fd", "/proc/self/task"].map(|list| fs::read_dir(list).expect("a list").count())
 }
 
 /// A write to a pipe that nobody reads is to fail, and not to end the process. In programs of Rust it is so from the start; a fuzzer's
@@ -384,7 +385,7 @@ fn survive_broken_pipes() {
 /// Checks an input.
 pub fn check(mut input: &[u8]) {
     survive_broken_pipes();
-    let before = open_files();
+    let before = in_use();
     let mut run = Run::new();
     let mut goes_on = run.is_heard();
     while goes_on && let Some(step) = Step::take(&mut input) {
@@ -394,10 +395,10 @@ pub fn check(mut input: &[u8]) {
         }
     }
     run.end();
-    // Whoever else is in this process may have files too, for a moment.
+    // Whoever else is in this process may have files and threads too, for a moment; and a thread that received a state may end later.
     let deadline = Instant::now() + PATIENCE;
-    while open_files() > before {
-        assert!(Instant::now() < deadline, "files are left open");
+    while in_use().iter().zip(before).any(|(now, before)| *now > before) {
+        assert!(Instant::now() < deadline, "files are left open, or threads run: {before:?}, {:?}", in_use());
         std::thread::sleep(Duration::from_millis(1));
     }
 }
