@@ -418,6 +418,23 @@ fn viot_is_written_or_refused() {
 }
 
 #[test]
+fn a_guest_begins_without_a_device_if_one_can_come_later() {
+    let run_with = |option: Option<&str>| {
+        let mut command = Command::new(CONTROL);
+        command.arg("run").args(option).args(["--print", "--directory=/nowhere", "--", "qemu", "-m", "1G"]);
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
+    };
+    for (option, said) in [(None, "<BDF>"), (Some("--hotplug=0"), "give a device, or --hotplug")] {
+        let (code, shown) = run_with(option);
+        assert!(code == Some(2) && shown.contains(said), "{code:?}: {shown}");
+    }
+    let (code, shown) = run_with(Some("--hotplug"));
+    assert_eq!(code, Some(0), "{shown}");
+    assert!(shown.contains("--endpoints 0000:01:00.0-0000:04:1f.7"), "{shown}");
+}
+
+#[test]
 fn inspecting_what_is_not_there_is_a_matter_of_the_host() {
     let (code, said) = run(Command::new(CONTROL).args(["inspect", "ffff:ff:1f.7"]));
     assert_eq!(code, 3);

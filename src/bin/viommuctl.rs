@@ -141,8 +141,8 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct RunArguments {
-    /// Addresses of the devices on the host.
-    #[arg(required = true, value_name = "BDF")]
+    /// Addresses of the devices on the host. With --hotplug there need be none.
+    #[arg(required_unless_present = "hotplug", value_name = "BDF")]
     devices: Vec<PciAddress>,
     /// Where the guest is to have each device, in the same order: by default 00:03.0, 00:04.0 and so on.
     #[arg(long, value_name = "BDF", value_delimiter = ',')]
@@ -252,6 +252,9 @@ impl RunArguments {
         distinct.dedup();
         if distinct.len() != self.devices.len() {
             return Err(Failure(2, "a device is given twice".into()));
+        }
+        if self.devices.is_empty() && self.hotplug == 0 {
+            return Err(Failure(2, "give a device, or --hotplug for those that come later".into()));
         }
         if guest.len() != self.devices.len() {
             return Err(Failure(2, "give as many --guest addresses as devices".into()));

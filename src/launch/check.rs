@@ -26,7 +26,7 @@ pub(super) const QEMU_DEVICE: &str = "vhost-user-test-device-pci";
 /// What is to be checked.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// The devices that are to be assigned to one guest.
+    /// The devices that are to be assigned to one guest; none if all come later.
     pub devices: Vec<PciAddress>,
     /// The QEMU that is to run it.
     pub qemu: PathBuf,

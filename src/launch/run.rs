@@ -41,7 +41,7 @@ pub struct Assignment {
 /// What is to be started.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// The devices.
+    /// The devices; there need be none if some can be added later.
     pub devices: Vec<Assignment>,
     /// Where the guest is to have the IOMMU.
     pub iommu: PciAddress,
@@ -138,7 +138,9 @@ impl Launch {
     fn commands(&self, iommufd: RawFd, devices: &[RawFd]) -> Result<Commands, LaunchError> {
         let mut daemon = vec![self.daemon.display().to_string()];
         daemon.extend(["--socket-path".to_owned(), self.path("iommu.sock").display().to_string()]);
-        daemon.extend(["--facts".to_owned(), self.path("facts.json").display().to_string()]);
+        if !self.devices.is_empty() {
+            daemon.extend(["--facts".to_owned(), self.path("facts.json").display().to_string()]);
+        }
         daemon.push(format!("--iommufd-fd={iommufd}"));
         for (Assignment { host, guest }, fd) in self.devices.iter().zip(devices) {
             daemon.push(format!("--endpoint=id={guest},cdev-fd={fd},host={host}"));
@@ -217,7 +219,9 @@ impl Launch {
                 format!("mkdir -p -m 700 {directory} && [ -O {directory} ] && [ ! -L {directory} ] || exit")
             }
         });
-        lines.push(format!("viommuctl inspect {} --facts-out {}", hosts.join(" "), quote(&facts)));
+        if !hosts.is_empty() {
+            lines.push(format!("viommuctl inspect {} --facts-out {}", hosts.join(" "), quote(&facts)));
+        }
         lines.push(format!(
             "viommuctl viot --iommu {} --endpoints {} -o {}",
             self.iommu,
@@ -257,7 +261,9 @@ impl Launch {
         let facts = self.gather_facts()?;
 
         self.directory.make()?;
-        facts.write(&self.path("facts.json"))?;
+        if !facts.devices.is_empty() {
+            facts.write(&self.path("facts.json"))?;
+        }
         fs::write(self.path("viot.bin"), table).map_err(at(&self.path("viot.bin")))?;
 
         let iommufd = open(Path::new("/dev/iommu"))?;
@@ -405,6 +411,20 @@ mod tests {
         assert!(
             qemu.contains("iommufd,id=viommu-iommufd,fd=20") && qemu.contains("fd=21,iommufd=viommu-iommufd,addr=3.0")
         );
+    }
+
+    #[test]
+    fn without_a_device_there_are_no_facts_and_room_for_those_that_come() {
+        let launch = Launch { devices: Vec::new(), hotplug: 2, ..launch(Directory::Given("/run/vm".into())) };
+        let Commands { daemon, qemu } = launch.commands(20, &[]).unwrap();
+        let expected = "/bin/vhost-device-iommu --socket-path /run/vm/iommu.sock --iommufd-fd=20 --control-path \
+                        /run/vm/control/socket --relaxable=report";
+        assert_eq!(daemon.join(" "), expected);
+        let qemu = qemu.join(" ");
+        assert!(qemu.contains("iommufd,id=viommu-iommufd,fd=20") && qemu.contains("viommu-port1"), "{qemu}");
+        assert!(!qemu.contains("vfio-pci"), "{qemu}");
+        let lines = launch.lines(&Sysfs::new("/nowhere")).unwrap();
+        assert!(!lines.contains("inspect") && lines.contains("--endpoints 0000:01:00.0-0000:02:1f.7"), "{lines}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub use requests::*;
 pub type Memory = GuestMemoryMmap<()>;
 
 /// Where the driver keeps its ring and buffers: the last 64 KiB of the first MiB.
-const RINGS: u64 = 0xf_0000;
+pub const RINGS: u64 = 0xf_0000;
 const RING_SIZE: u16 = 16;
 const DESCRIPTORS: u64 = RINGS;
 const AVAILABLE: u64 = RINGS + 0x1000;

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -76,8 +77,12 @@ impl Guest {
 
     /// Waits for a line of the guest that has this text in it.
     fn wait_for(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(300);
-        while let Ok(line) = self.console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let began = Instant::now();
+        // A guest that stalls does so before its first line, and is started anew.
+        let patience = |seen: &[String]| {
+            Duration::from_secs(if seen.iter().any(|line| line.contains("guest: ")) { 300 } else { 150 })
+        };
+        while let Ok(line) = self.console.recv_timeout(patience(&self.seen).saturating_sub(began.elapsed())) {
             println!("console: {line}");
             self.seen.push(line.clone());
             if line.contains(text) {
@@ -195,13 +200,13 @@ pub fn image_md5() -> String {
 }
 
 /// QEMU's control connection.
-struct Qmp {
+pub struct Qmp {
     lines: BufReader<UnixStream>,
 }
 
 impl Qmp {
-    fn connect() -> Self {
-        let mut qmp = Self { lines: BufReader::new(UnixStream::connect(QMP).unwrap()) };
+    pub fn connect(path: impl AsRef<Path>) -> Self {
+        let mut qmp = Self { lines: BufReader::new(UnixStream::connect(path).unwrap()) };
         qmp.read();
         qmp.run("qmp_capabilities");
         qmp
@@ -213,7 +218,7 @@ impl Qmp {
         serde_json::from_str(&line).unwrap()
     }
 
-    fn run(&mut self, command: &str) {
+    pub fn run(&mut self, command: &str) {
         let text = json!({ "execute": command }).to_string();
         self.lines.get_mut().write_all(text.as_bytes()).unwrap();
         loop {
@@ -294,7 +299,7 @@ fn large_memory_is_lost_when_windows_are_reported() {
 fn pauses_under_load_and_boots_again() {
     let mut guest = Guest::boot("pauses", "guest.reads=6 guest.stay");
     guest.wait_for_read();
-    let mut qmp = Qmp::connect();
+    let mut qmp = Qmp::connect(QMP);
     for _ in 0..2 {
         guest.wait_for(" starts");
         qmp.run("stop");

@@ -8,10 +8,11 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::common::confined::{assert_calls, assert_confined, threads};
-use crate::common::{attach, map};
+use crate::common::{RINGS, attach, map};
 use crate::edu::Vmm;
 use crate::pci::{EDU, find};
 use nix::unistd::Pid;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 const ENDPOINT: u32 = 0x18;
 const READ_WRITE: u32 = 3;
@@ -57,6 +58,26 @@ fn a_daemon_that_is_killed_leaves_no_device_on_its_mappings() {
     assert!(!vmm.write_lands(0x400_0000, 0x1_0000));
     assert_eq!(machine.send(&map(1, 0x400_0000, 0x1000, 0x1_0000, READ_WRITE)), 0);
     assert!(vmm.write_lands(0x400_0000, 0x1_0000));
+}
+
+#[test]
+#[ignore = "runs in the host VM: make test"]
+fn a_daemon_whose_guest_memory_is_cut_off_leaves_no_device_on_its_mappings() {
+    let vmm = Vmm::new();
+    let mut daemon = vmm.daemon("cut-off", &OPTIONS);
+    let mut machine = vmm.machine(&daemon);
+    assert_eq!(machine.send(&attach(1, ENDPOINT, 0)), 0);
+    assert_eq!(machine.send(&map(1, 0x400_0000, 0x1000, 0x1_0000, READ_WRITE)), 0);
+    vmm.load(0x400_0000, 0x1_0000, 0x5a);
+    assert!(vmm.write_lands(0x400_0000, 0x1_0000));
+    // The rings are gone, and not the page that the device writes to.
+    machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(RINGS).unwrap();
+    machine.kick();
+    assert_eq!(daemon.wait().code(), Some(3));
+    daemon.expect_log("SIGBUS: guest memory was cut off");
+    daemon.expect_log("the daemon ended without a word: the devices were detached, their DMA is refused");
+    assert!(!vmm.write_lands(0x400_0000, 0x1_0000), "DMA goes on");
+    wait_until("the watcher stays", || processes().is_empty());
 }
 
 #[test]
