@@ -62,7 +62,7 @@ impl Guest {
             // Its driver waits a minute for a disk whose DMA is refused, if it is not told to wait less.
             .args([
                 "-append",
-                "console=ttyS0 quiet panic=-1 nvme_core.admin_timeout=10 guest.functions=2 guest.reads=0 guest.plugs=2",
+                "console=ttyS0 quiet panic=-1 nvme_core.admin_timeout=10 guest.functions=2 guest.reads=0 guest.plugs=2 guest.stay",
             ])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -95,25 +95,12 @@ impl Guest {
         pidfd_getfd(vmm, number, PidfdGetfdFlags::empty()).unwrap().into()
     }
 
-    /// Adds devices while the guest cannot run, so that it cannot attach them. They are blocked.
-    fn add_to_paused(&self, devices: &[&str], at: &[&str]) {
-        assert_eq!(endpoints(), Vec::<Value>::new());
-        Qmp::connect(MONITOR).run("stop");
-        viommuctl(&[&["add"], devices, &["--guest", &at.join(","), "--qmp", MONITOR]].concat());
-        let blocked: Vec<_> = at.iter().map(|place| (*place, "blocked")).collect();
-        assert_eq!(places(&endpoints()), blocked);
-    }
-
-    fn go_on(&self) {
-        Qmp::connect(MONITOR).run("cont");
-    }
-
     /// Plugs the disk, which the guest then reads.
     fn plug(&self, disk: PciAddress) {
         self.wait_for("waits for a disk");
         bind_to_vfio(disk);
-        self.add_to_paused(&[&disk.to_string()], &[PLACE]);
-        self.go_on();
+        add_to_paused(&[&disk.to_string()], &[PLACE]);
+        go_on();
         let line = self.wait_for("guest: plugged 0000");
         assert!(line.contains(&format!("{PLACE} in group ")), "it is behind the IOMMU: {line}");
         assert!(self.wait_for("plugged md5").ends_with(&image_md5()));
@@ -151,6 +138,19 @@ fn places(endpoints: &[Value]) -> Vec<(&str, &str)> {
     endpoints.iter().map(|endpoint| place(endpoint).unwrap()).collect()
 }
 
+/// Adds devices while the guest cannot run, so that it cannot attach them. They are blocked.
+fn add_to_paused(devices: &[&str], at: &[&str]) {
+    assert_eq!(endpoints(), Vec::<Value>::new());
+    Qmp::connect(MONITOR).run("stop");
+    viommuctl(&[&["add"], devices, &["--guest", &at.join(","), "--qmp", MONITOR]].concat());
+    let blocked: Vec<_> = at.iter().map(|place| (*place, "blocked")).collect();
+    assert_eq!(places(&endpoints()), blocked);
+}
+
+fn go_on() {
+    Qmp::connect(MONITOR).run("cont");
+}
+
 /// The host takes a device from VFIO, which ends when nobody has its file open any more.
 struct Unbinding(Receiver<bool>);
 
@@ -184,11 +184,11 @@ fn devices_come_and_go_where_there_was_none() {
     guest.wait_for("waits for functions");
     let functions = FUNCTIONS.map(|address| address.parse().unwrap());
     functions.iter().copied().for_each(bind_to_vfio);
-    guest.add_to_paused(&FUNCTIONS, &PLACES);
+    add_to_paused(&FUNCTIONS, &PLACES);
     // QEMU attached them to the guest's memory as it is. They do not reach it.
     expect_fault(MEMORY, || Edu::new(&guest.file_of(FUNCTIONS[0])).write(MEMORY, PAGE));
     let faults = dma_faults();
-    guest.go_on();
+    go_on();
     for place in PLACES {
         guest.wait_for(&format!("guest: function {place} in group "));
     }
