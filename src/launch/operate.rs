@@ -8,6 +8,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use clap::builder::TypedValueParser;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
@@ -24,6 +25,7 @@ use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::sysfs::{Sysfs, SysfsError};
+use crate::vhost_user::log_levels;
 
 /// The daemon that is asked.
 #[derive(Clone, Debug, Args)]
@@ -107,19 +109,15 @@ pub enum Operation {
         #[arg(long)]
         json: bool,
     },
-    /// Changes how much a daemon logs: off, error, warn, info, debug or trace.
+    /// Changes how much a daemon logs.
     LogLevel {
         /// How much.
-        #[arg(value_parser = parse_level)]
+        #[arg(value_parser = log_levels().map(Level::from), ignore_case = true)]
         level: Level,
         /// The daemon that is asked.
         #[command(flatten)]
         daemon: Daemon,
     },
-}
-
-fn parse_level(text: &str) -> Result<Level, log::ParseLevelError> {
-    text.parse().map(|level: log::LevelFilter| level.into())
 }
 
 /// What is added, and to what.
