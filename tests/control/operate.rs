@@ -47,7 +47,7 @@ fn what_there_is_is_shown_to_people_and_programs() {
     };
     assert!(row(FIRST_TEXT).contains("0000:01:00.0") && row(FIRST_TEXT).contains("the domain's mappings"), "{status}");
     assert!(row(NEW_TEXT).contains("none") && row(NEW_TEXT).contains("what the VMM set up"), "{status}");
-    assert!(status.contains("1 domains with 1 mappings"), "{status}");
+    assert!(status.contains("domains: 1, mappings: 1"), "{status}");
     let words = row("MAP");
     let words: Vec<_> = words.split_whitespace().collect();
     assert_eq!(words[..4], ["MAP", "1", "0", "not"], "{status}");
