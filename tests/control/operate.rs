@@ -2,7 +2,6 @@
 
 //! viommuctl against a control socket.
 
-use std::io::Read;
 use std::process::{Command, Output, Stdio};
 
 use super::common::{attach, map};
@@ -339,14 +338,14 @@ fn a_daemon_that_does_not_answer_is_told_from_one_that_is_not_there() {
     let listener = UnixListener::bind(&path).unwrap();
     // It closes the connection when it was asked, as the daemon's other socket does.
     let other = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.read(&mut [0; 512]).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(stream).read_line(&mut String::new()).unwrap();
     });
     expect("this is not its control socket");
     other.join().unwrap();
     expect("it was killed, and left its socket behind");
     if !rustix::process::geteuid().is_root() {
-        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
         expect("as root, or as the daemon's user");
     }
 }
