@@ -150,7 +150,7 @@ struct RunArguments {
     #[arg(required = true, value_name = "BDF")]
     devices: Vec<PciAddress>,
     /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on.
-    #[arg(long, value_name = "BDF", value_delimiter = ',')]
+    #[arg(long, value_name = "BDF,...", value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// Where the guest is to have the virtio-iommu.
     #[arg(long, value_name = "BDF", default_value = IOMMU_PLACE)]

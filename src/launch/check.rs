@@ -155,7 +155,9 @@ fn check_iommufd() -> Finding {
 
 fn check_qemu(qemu: &Path) -> Finding {
     let run = |argument: &[&str]| Command::new(qemu).args(argument).output();
-    let remedy = format!("install QEMU 11.1 or later, or give the path of one: {QEMU_DEVICE} is needed");
+    let remedy = format!(
+        "install QEMU 11.1 or later, or name one (`check --qemu PATH`, `run ... -- PATH`): {QEMU_DEVICE} is needed"
+    );
     let version = match run(&["--version"]) {
         Ok(output) if output.status.success() => {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -445,5 +447,6 @@ mod tests {
         let finding = check_qemu(Path::new("/nowhere/qemu"));
         assert_eq!(finding.verdict, Verdict::No);
         assert!(finding.found.contains("/nowhere/qemu cannot be run"), "{finding}");
+        assert!(finding.remedy.unwrap().contains("`check --qemu PATH`"));
     }
 }

@@ -130,7 +130,7 @@ pub struct AddArguments {
     daemon: Daemon,
     /// Where the guest has, or is to have, each device, in the same order. The guest's VIOT must say that the IOMMU is before it:
     /// it does for 01:00.0 and on with `run --hotplug`.
-    #[arg(long, value_name = "BDF", required = true, value_delimiter = ',')]
+    #[arg(long, value_name = "BDF,...", required = true, value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// QEMU's monitor: the devices are plugged into the guest when the daemon has them.
     #[arg(long, value_name = "PATH")]
@@ -140,7 +140,7 @@ pub struct AddArguments {
     bus: Option<String>,
     /// Number of an inherited VFIO device file for each device, in the same order, which the VMM has too: for other VMMs, which must
     /// not have bound it yet.
-    #[arg(long, value_name = "FD", value_delimiter = ',', conflicts_with = "qmp")]
+    #[arg(long, value_name = "FD,...", value_delimiter = ',', conflicts_with = "qmp")]
     cdev_fd: Vec<RawFd>,
 }
 
