@@ -15,7 +15,7 @@ use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
 use virtio_iommu::launch::memlock::{self, Demand, Grant};
 use virtio_iommu::launch::operate::Operation;
-use virtio_iommu::launch::{Assignment, Directory, Launch, Size, picture, qemu, show};
+use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, qemu, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
 use virtio_iommu::reserved::facts::FactsFile;
@@ -139,16 +139,21 @@ enum Command {
     },
 }
 
+// QEMU puts its display, its network cards and whatever has no `addr=` into the first free slots of bus 0, from 00:01.0 on, the
+// display and the cards before any `-device`. So what has an address here is not among the first.
+const IOMMU_PLACE: &str = "00:1e.0";
+const FIRST_DEVICE_SLOT: usize = 8;
+
 #[derive(Debug, Args)]
 struct RunArguments {
     /// Addresses of the devices on the host. With --hotplug there need be none.
     #[arg(required_unless_present = "hotplug", value_name = "BDF")]
     devices: Vec<PciAddress>,
-    /// Where the guest is to have each device, in the same order: by default 00:03.0, 00:04.0 and so on.
-    #[arg(long, value_name = "BDF", value_delimiter = ',')]
+    /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on.
+    #[arg(long, value_name = "BDF,...", value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// Where the guest is to have the virtio-iommu.
-    #[arg(long, value_name = "BDF", default_value = "00:01.0")]
+    #[arg(long, value_name = "BDF", default_value = IOMMU_PLACE)]
     iommu: PciAddress,
     /// The daemon's program: by default vhost-device-iommu beside this one.
     #[arg(long, value_name = "PATH")]
@@ -243,7 +248,7 @@ impl RunArguments {
     fn launch(self) -> Result<Launch, Failure> {
         let mut guest = self.guest;
         if guest.is_empty() {
-            let slots = (3..).take(self.devices.len()).map(|slot: usize| format!("00:{slot:02x}.0"));
+            let slots = (FIRST_DEVICE_SLOT..).take(self.devices.len()).map(|slot| format!("00:{slot:02x}.0"));
             let addresses: Result<_, ParsePciAddressError> = slots.map(|text| text.parse()).collect();
             guest = addresses.map_err(|error| Failure(2, error.into()))?;
         }
@@ -280,7 +285,8 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
         let lines = launch.lines(&sysfs).map_err(|error| Failure(error.exit_code(), error.into()))?;
         return put(&format!("{lines}\n"));
     }
-    let memory = qemu::memory(&launch.qemu).map_err(|error| Failure(2, error.into()))?;
+    let memory = qemu::memory(&launch.qemu).map_err(LaunchError::from);
+    let memory = memory.map_err(|error| Failure(error.exit_code(), error.into()))?;
     let program = launch.qemu.first().map(PathBuf::from).unwrap_or_default();
     let devices = launch.devices.iter().map(|device| device.host).collect();
     let report = check(&Host::default(), &Question { devices, qemu: program, memory });
@@ -354,4 +360,21 @@ fn draw(file: &FactsFile, plan: &Plan, path: &Path) -> Result<(), Failure> {
 fn run_viot(iommu: PciAddress, endpoints: &[PciFunctions], output: &Path) -> Result<(), Failure> {
     let bytes = viot::table(iommu, endpoints.iter().copied()).map_err(|error| Failure(2, error.into()))?;
     fs::write(output, bytes).map_err(|error| Failure(1, format!("cannot write {}: {error}", output.display()).into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_is_given_lies_where_qemu_puts_nothing_by_itself() {
+        let given = Arguments::parse_from(["viommuctl", "run", "02:00.0", "03:00.0", "--", "qemu", "-m", "1G"]);
+        let Command::Run(run) = given.command else { panic!("it is `run`") };
+        let Ok(launch) = run.launch() else { panic!("nothing is wrong with it") };
+        let guest: Vec<String> = launch.devices.iter().map(|device| device.guest.to_string()).collect();
+        assert_eq!(
+            (launch.iommu.to_string().as_str(), guest),
+            ("0000:00:1e.0", vec!["0000:00:08.0".to_owned(), "0000:00:09.0".to_owned()])
+        );
+    }
 }

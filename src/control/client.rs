@@ -20,7 +20,7 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("cannot reach a daemon at {}: start it with --control-path, and run this as root or as its user", .path.display())]
+    #[error("cannot reach a daemon at {}: {}", .path.display(), way_out(.source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -31,7 +31,7 @@ pub enum ClientError {
     #[error("the connection to the daemon broke")]
     Broken(#[source] io::Error),
     /// The daemon ended, or closed the connection.
-    #[error("the daemon ended")]
+    #[error("the daemon ended, or this is not its control socket")]
     Ended,
     /// The daemon said something that is not known here.
     #[error("the daemon's answer is not known here: use programs of the same version")]
@@ -39,6 +39,16 @@ pub enum ClientError {
     /// The daemon refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
+}
+
+/// What to do about a daemon that cannot be reached.
+fn way_out(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "it has ended, or was started without --control-path",
+        io::ErrorKind::ConnectionRefused => "it was killed, and left its socket behind; its log says more",
+        io::ErrorKind::PermissionDenied => "run this as root, or as the daemon's user",
+        _ => "start it with --control-path, and give that path here",
+    }
 }
 
 impl Client {

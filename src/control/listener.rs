@@ -24,7 +24,7 @@ pub enum ListenError {
     )]
     Directory(PathBuf),
     /// The directory cannot be had.
-    #[error("cannot use the directory {}", .path.display())]
+    #[error("cannot use the directory {} (it is made where its parent is there)", .path.display())]
     Io {
         /// The directory.
         path: PathBuf,

@@ -84,7 +84,7 @@ pub(super) struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum RemoveError {
     /// There is no such endpoint.
-    #[error("there is no endpoint {0}: ask for the list")]
+    #[error("there is no endpoint {0}: `viommuctl status` shows which there are")]
     NotFound(EndpointId),
     /// It is given twice, or nothing is given.
     #[error("give each endpoint that is to be removed once, at least one and at most {most}", most = protocol::MOST_DEVICES)]

@@ -167,7 +167,7 @@ fn refused(kind: RefusalKind, message: String) -> Reply {
 }
 
 fn no_domain(id: DomainId) -> Reply {
-    let text = format!("there is no domain {id}: the list of endpoints says which there are");
+    let text = format!("there is no domain {id}: `viommuctl status` shows which there are");
     refused(RefusalKind::NotFound, text)
 }
 

@@ -155,7 +155,9 @@ fn check_iommufd() -> Finding {
 
 fn check_qemu(qemu: &Path) -> Finding {
     let run = |argument: &[&str]| Command::new(qemu).args(argument).output();
-    let remedy = format!("install QEMU 11.1 or later, or give the path of one: {QEMU_DEVICE} is needed");
+    let remedy = format!(
+        "install QEMU 11.1 or later, or name one (`check --qemu PATH`, `run ... -- PATH`): {QEMU_DEVICE} is needed"
+    );
     let version = match run(&["--version"]) {
         Ok(output) if output.status.success() => {
             let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -214,7 +216,7 @@ fn device_findings(host: &Host, device: PciAddress, question: &Question) -> Vec<
             return vec![Finding::no(error.to_string(), remedy)];
         }
     };
-    let mut findings = vec![check_group_is_real(&sysfs, &group), check_driver(&sysfs, device)];
+    let mut findings = vec![check_group_is_real(&sysfs, &group), check_driver(host, device)];
     findings.extend(check_members(&sysfs, device, &group, &question.devices));
     findings.push(check_direct(&group));
     findings.extend(check_software_msi(&group));
@@ -237,11 +239,23 @@ fn check_group_is_real(sysfs: &Sysfs, group: &IommuGroup) -> Finding {
     Finding::ok(format!("IOMMU group {} with {count} {devices}", group.number))
 }
 
-fn check_driver(sysfs: &Sysfs, device: PciAddress) -> Finding {
-    let remedy = format!(
-        "bind it, once the host does not use it any more (unmount disks): driverctl set-override {device} vfio-pci, or with \
-         sysfs' driver_override"
-    );
+/// What gives a device to vfio-pci, to be typed as it stands.
+fn how_to_bind(host: &Host, device: PciAddress, is_bound: bool) -> String {
+    let bus = host.sysfs.join("bus/pci");
+    let module = if bus.join("drivers/vfio-pci").exists() { "" } else { "modprobe vfio-pci; " };
+    let bus = bus.display();
+    let unbind =
+        if is_bound { format!("echo {device} >{bus}/devices/{device}/driver/unbind; ") } else { String::new() };
+    format!(
+        "bind it, once the host does not use it any more (unmount disks): `{module}echo vfio-pci \
+         >{bus}/devices/{device}/driver_override; {unbind}echo {device} >{bus}/drivers_probe`; or `driverctl set-override \
+         {device} vfio-pci`, which lasts over reboots"
+    )
+}
+
+fn check_driver(host: &Host, device: PciAddress) -> Finding {
+    let remedy = |is_bound| how_to_bind(host, device, is_bound);
+    let sysfs = Sysfs::new(&host.sysfs);
     match sysfs.driver(device) {
         Ok(Some(driver)) if driver == "vfio-pci" => match sysfs.vfio_node(device) {
             Ok(Some(node)) => Finding::ok(format!("bound to vfio-pci, as /dev/vfio/devices/{node}")),
@@ -250,9 +264,9 @@ fn check_driver(sysfs: &Sysfs, device: PciAddress) -> Finding {
                 "use a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later)",
             ),
         },
-        Ok(Some(driver)) => Finding::no(format!("bound to {driver}"), remedy),
-        Ok(None) => Finding::no("bound to no driver", remedy),
-        Err(error) => Finding::no(error.to_string(), remedy),
+        Ok(Some(driver)) => Finding::no(format!("bound to {driver}"), remedy(true)),
+        Ok(None) => Finding::no("bound to no driver", remedy(false)),
+        Err(error) => Finding::no(error.to_string(), remedy(false)),
     }
 }
 
@@ -313,6 +327,15 @@ fn check_software_msi(group: &IommuGroup) -> Option<Finding> {
     }
 }
 
+/// What to do about a device that another process has, or seems to have.
+fn who_uses(host: &Host, device: PciAddress) -> String {
+    let node = Sysfs::new(&host.sysfs).vfio_node(device).ok().flatten().unwrap_or_else(|| "vfio*".to_owned());
+    format!(
+        "end whatever uses the device, such as a guest (`fuser -v /dev/vfio/devices/{node}`); the kernel's log (dmesg) may \
+         say more"
+    )
+}
+
 fn check_usable(host: &Host, device: PciAddress) -> Finding {
     match inspect(host, device) {
         Err(error) => Finding::no(
@@ -321,10 +344,9 @@ fn check_usable(host: &Host, device: PciAddress) -> Finding {
         ),
         Ok(inspection) => match (inspection.usable_unknown, inspection.facts.usable) {
             (None, Some(usable)) => Finding::ok(format!("can be attached; usable: {usable}")),
-            (Some(reason), _) => Finding::no(
-                format!("cannot be attached: {}", with_causes(&reason)),
-                "end whatever uses the device; the kernel's log (dmesg) may say more",
-            ),
+            (Some(reason), _) => {
+                Finding::no(format!("cannot be attached: {}", with_causes(&reason)), who_uses(host, device))
+            }
             (None, None) => Finding::no("cannot be attached", "the kernel's log (dmesg) may say why"),
         },
     }
@@ -394,9 +416,37 @@ mod tests {
     }
 
     #[test]
+    fn the_remedy_for_a_device_that_is_not_bound_can_be_typed() {
+        let bound = tree(["nvme", ""], MSI, None);
+        let host = Host { sysfs: bound.path().to_owned(), proc: bound.path().to_owned() };
+        let remedy = |device: &str| check_driver(&host, device.parse().unwrap()).remedy.unwrap();
+        let bus = bound.path().join("bus/pci");
+        let bind = |unbind: &str, device: &str| {
+            let (bus, path) = (bus.display(), bus.join("devices").join(device));
+            let path = path.display();
+            format!("echo vfio-pci >{path}/driver_override; {unbind}echo {device} >{bus}/drivers_probe`")
+        };
+        let unbind = format!("echo 0000:01:00.0 >{}/devices/0000:01:00.0/driver/unbind; ", bus.display());
+        let said = remedy("0000:01:00.0");
+        assert!(said.contains(&format!("`modprobe vfio-pci; {}", bind(&unbind, "0000:01:00.0"))), "{said}");
+        fs::create_dir_all(bus.join("drivers/vfio-pci")).unwrap();
+        let said = remedy("0000:01:00.1");
+        assert!(said.contains(&format!("`{}", bind("", "0000:01:00.1"))), "{said}");
+    }
+
+    #[test]
+    fn who_uses_a_device_is_asked_of_its_own_file() {
+        let tree = tree(["vfio-pci", ""], MSI, None);
+        let host = Host { sysfs: tree.path().to_owned(), proc: tree.path().to_owned() };
+        let said = who_uses(&host, "0000:01:00.0".parse().unwrap());
+        assert!(said.contains("`fuser -v /dev/vfio/devices/vfio7`"), "{said}");
+    }
+
+    #[test]
     fn a_qemu_that_is_not_there_is_named() {
         let finding = check_qemu(Path::new("/nowhere/qemu"));
         assert_eq!(finding.verdict, Verdict::No);
         assert!(finding.found.contains("/nowhere/qemu cannot be run"), "{finding}");
+        assert!(finding.remedy.unwrap().contains("`check --qemu PATH`"));
     }
 }

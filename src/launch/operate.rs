@@ -8,6 +8,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use clap::builder::TypedValueParser;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
@@ -24,6 +25,7 @@ use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
 use crate::reserved::gather::{GatherError, Host};
 use crate::reserved::sysfs::{Sysfs, SysfsError};
+use crate::vhost_user::log_levels;
 
 /// The daemon that is asked.
 #[derive(Clone, Debug, Args)]
@@ -107,19 +109,15 @@ pub enum Operation {
         #[arg(long)]
         json: bool,
     },
-    /// Changes how much a daemon logs: off, error, warn, info, debug or trace.
+    /// Changes how much a daemon logs.
     LogLevel {
         /// How much.
-        #[arg(value_parser = parse_level)]
+        #[arg(value_parser = log_levels().map(Level::from), ignore_case = true)]
         level: Level,
         /// The daemon that is asked.
         #[command(flatten)]
         daemon: Daemon,
     },
-}
-
-fn parse_level(text: &str) -> Result<Level, log::ParseLevelError> {
-    text.parse().map(|level: log::LevelFilter| level.into())
 }
 
 /// What is added, and to what.
@@ -132,7 +130,7 @@ pub struct AddArguments {
     daemon: Daemon,
     /// Where the guest has, or is to have, each device, in the same order. The guest's VIOT must say that the IOMMU is before it:
     /// it does for 01:00.0 and on with `run --hotplug`.
-    #[arg(long, value_name = "BDF", required = true, value_delimiter = ',')]
+    #[arg(long, value_name = "BDF,...", required = true, value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// QEMU's monitor: the devices are plugged into the guest when the daemon has them.
     #[arg(long, value_name = "PATH")]
@@ -142,7 +140,7 @@ pub struct AddArguments {
     bus: Option<String>,
     /// Number of an inherited VFIO device file for each device, in the same order, which the VMM has too: for other VMMs, which must
     /// not have bound it yet.
-    #[arg(long, value_name = "FD", value_delimiter = ',', conflicts_with = "qmp")]
+    #[arg(long, value_name = "FD,...", value_delimiter = ',', conflicts_with = "qmp")]
     cdev_fd: Vec<RawFd>,
 }
 

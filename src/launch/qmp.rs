@@ -102,7 +102,7 @@ pub enum QmpError {
         reason: String,
     },
     /// The guest did not let the device go.
-    #[error("the guest did not let {id} go in {} seconds", .patience.as_secs())]
+    #[error("the guest did not let {id} go in {} seconds: try again when its kernel is up, and can take out devices", .patience.as_secs())]
     Held {
         /// What QEMU calls the device.
         id: String,

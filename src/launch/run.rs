@@ -90,7 +90,7 @@ pub enum LaunchError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// A file cannot be had.
-    #[error("{}", .path.display())]
+    #[error("cannot use {}", .path.display())]
     File {
         /// The file.
         path: PathBuf,

@@ -33,7 +33,7 @@ fn show_stats(stats: &Stats) -> String {
         ("MAP", &stats.map),
         ("UNMAP", &stats.unmap),
     ];
-    let mut text = format!("{} domains with {} mappings\n", stats.domains, stats.mappings);
+    let mut text = format!("domains: {}, mappings: {}\n", stats.domains, stats.mappings);
     let header = ["request", "OK", "other", "waits (half, 99 %)", "own work", "the host's", "other than OK"];
     let mut rows = table(&header);
     for (name, count) in kinds {

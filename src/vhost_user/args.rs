@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
 use super::backend::OnStop;
@@ -19,6 +20,11 @@ use crate::sandbox::SeccompMode;
 
 /// What `--sandbox` is if nobody says. The runtime of a sanitizer has a thread and files of its own.
 const SANDBOX: &str = if cfg!(sanitized) { "off" } else { "on" };
+
+/// Reads how much to log; what is none of the levels is answered with all of them.
+pub fn log_levels() -> impl TypedValueParser<Value = log::LevelFilter> {
+    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"]).try_map(|text| text.parse())
+}
 
 /// A virtio-iommu device as a vhost-user backend.
 ///
@@ -146,9 +152,8 @@ pub struct Arguments {
     #[arg(long, value_name = "kill|trap|log|off", default_value = "kill")]
     pub seccomp: SeccompMode,
 
-    /// How much to log: off, error, warn, info, debug or trace. By default what `RUST_LOG` says, else info; with both, what both
-    /// let pass.
-    #[arg(long, value_name = "LEVEL")]
+    /// How much to log. By default what `RUST_LOG` says, else info; with both, what both let pass.
+    #[arg(long, value_name = "LEVEL", value_parser = log_levels(), ignore_case = true)]
     pub log_level: Option<log::LevelFilter>,
 
     /// How lines of the log look: `text`; `json`, an object for each line; `journal`, with the priorities that systemd's journal reads.

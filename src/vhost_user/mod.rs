@@ -59,7 +59,9 @@ mod watcher;
 pub use activation::ActivationError;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
-pub use args::{Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities};
+pub use args::{
+    Arguments, CAPABILITIES, EndpointArgument, OnOff, ParseEndpointError, asks_for_capabilities, log_levels,
+};
 pub use backend::{BackendOptions, IommuBackend, OnStop};
 pub use counted::Counted;
 pub use daemon::BackendDaemon;

@@ -195,7 +195,7 @@ fn a_control_socket_that_cannot_be_had_is_said_before_anything_is_done() {
         (vec![option("file")], 2, "is not a socket"),
         (vec![option("open/socket")], 2, "can be written by others"),
         (vec![option("live")], 2, "in use by another process"),
-        (vec![option("not/there/socket")], 1, "cannot use the directory"),
+        (vec![option("not/there/socket")], 1, "it is made where its parent is there"),
         (vec!["--control-fd=999".to_owned()], 2, "fd 999 is not open"),
         (vec!["--control-fd=1".to_owned()], 2, "standard input"),
         (vec!["--control-fd=5".to_owned(), option("socket")], 2, "cannot be used with"),

@@ -31,7 +31,7 @@ fn endpoints_domains_and_counters_are_those_of_the_guest() {
     assert_eq!(stats["bypass"], true);
     for request in [json!({ "domain": { "domain": 6 } }), json!({ "mappings": { "domain": 6 } })] {
         let reply = client.ask(&request);
-        assert_eq!(refusal(&reply), ("not-found", "there is no domain 6: the list of endpoints says which there are"));
+        assert_eq!(refusal(&reply), ("not-found", "there is no domain 6: `viommuctl status` shows which there are"));
     }
 }
 

@@ -46,7 +46,7 @@ fn what_there_is_is_shown_to_people_and_programs() {
     };
     assert!(row(FIRST_TEXT).contains("0000:01:00.0") && row(FIRST_TEXT).contains("the domain's mappings"), "{status}");
     assert!(row(NEW_TEXT).contains("none") && row(NEW_TEXT).contains("what the VMM set up"), "{status}");
-    assert!(status.contains("1 domains with 1 mappings"), "{status}");
+    assert!(status.contains("domains: 1, mappings: 1"), "{status}");
     let words = row("MAP");
     let words: Vec<_> = words.split_whitespace().collect();
     assert_eq!(words[..4], ["MAP", "1", "0", "not"], "{status}");
@@ -316,14 +316,44 @@ fn what_cannot_be_done_is_said_before_anything_is_touched() {
         (&["add", "05:00.0", "--guest", "01:00.1", "--qmp", "/nowhere"], 2, "would not see 0000:01:00.1"),
         (&["add", "05:00.0", "--guest", "01:00.0", "--cdev-fd", "8,9"], 2, "as many --cdev-fd numbers"),
         (&["remove", "00:03.0", "--qmp", "/nowhere"], 1, "cannot reach QEMU's monitor at /nowhere"),
-        (&["log-level", "loud"], 2, "loud"),
+        (&["log-level", "loud"], 2, "[possible values: off, error, warn, info, debug, trace]"),
+        (&["remove", "00:09.0"], 1, "there is no endpoint 0000:00:09.0: `viommuctl status` shows which there are"),
     ] {
         let (found, _, said) = ask(&bench, arguments);
         assert!(found == code && said.contains(text), "{arguments:?}: {found}: {said}");
     }
-    let (code, _, said) = run(&mut viommuctl(&["status", "--control", "/nowhere"]));
-    assert!(code == 1 && said.contains("cannot reach a daemon at /nowhere"), "{said}");
     assert_eq!(bench.ask(&json!("list"))["endpoints"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_is_told_from_one_that_is_not_there() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("socket");
+    let status = || run(viommuctl(&["status", "--control"]).arg(&path));
+    let expect = |text: &str| {
+        let (code, _, said) = status();
+        assert!(code == 1 && said.contains(text), "{code}: {said}");
+    };
+    expect("it has ended, or was started without --control-path");
+    let listener = UnixListener::bind(&path).unwrap();
+    // It closes the connection when it was asked, as the daemon's other socket does.
+    let other = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        BufReader::new(stream).read_line(&mut String::new()).unwrap();
+    });
+    expect("this is not its control socket");
+    other.join().unwrap();
+    expect("it was killed, and left its socket behind");
+    if !rustix::process::geteuid().is_root() {
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
+        expect("as root, or as the daemon's user");
+    }
+}
+
+#[test]
+fn a_size_that_is_none_is_said_to_be_in_qemus_command_line() {
+    let (code, _, said) = run(&mut viommuctl(&["run", "ffff:ff:1f.7", "--", "qemu", "-m", "4X"]));
+    assert!(code == 2 && said.contains("QEMU's command line: -m: `4X` is not a size"), "{code}: {said}");
 }
 
 #[test]

@@ -54,7 +54,9 @@ fn blocks() -> Vec<Block> {
 fn shell(script: &str) -> Command {
     let [device, second] = find_all(NVME)[..] else { panic!("the host VM has two disks") };
     let mut command = Command::new("sh");
-    command.current_dir("/tmp").args(["-ec", script, "sh", "/vmm/run"]).args(MACHINE);
+    // With QEMU's own devices, as an operator's command line has them: a display in the first slot.
+    command.current_dir("/tmp").args(["-ec", script, "sh", "/vmm/run"]);
+    command.args(MACHINE.iter().filter(|word| **word != "-nodefaults")).args(["-nic", "none", "-monitor", "none"]);
     // The guest's kernel has the hot-plug of PCI Express, and not that of ACPI.
     command.args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off", "-m", "256"]);
     command.args(DISPLAY).args(KERNEL).args(["-append", "console=ttyS0 quiet panic=-1 guest.plugs=1"]);
