@@ -286,7 +286,9 @@ fn large_memory_is_lost_when_windows_are_reported() {
     let report = |facts: &mut HostFacts| {
         facts.usable = facts.usable.take().map(|usable| usable.subtract(&RangeSet::from(window)));
     };
-    let mut guest = Guest::boot_with("lost", MEMORY_UNDER_A_WINDOW, "iommu.passthrough=1", NO_WAY_AROUND, report);
+    // Its driver gives up after a minute otherwise, in which an emulated processor that has nothing to do may not wake up any more.
+    let options = "iommu.passthrough=1 nvme_core.admin_timeout=10";
+    let mut guest = Guest::boot_with("lost", MEMORY_UNDER_A_WINDOW, options, NO_WAY_AROUND, report);
     let line = guest.wait_for(" md5 ");
     assert!(!line.ends_with(&image_md5()), "{line}");
     let said = format!("guest memory at 0x80000000-0x9fffffff lies in {window}, which is reserved for the group");
