@@ -72,10 +72,10 @@ const fn ioctl(requests: &'static [u32]) -> Call {
     one_of(libc::SYS_ioctl, 1, requests)
 }
 
-/// What glibc and Rust's runtime try and do without: a new thread by `clone3`, whose flags a filter cannot see (`clone`, which glibc takes
-/// instead, has them in an argument); files that are read, such as `/proc/sys/vm/overcommit_memory` when the allocator gives memory back
-/// (malloc/arena.c), or this program's for the trace of a panic. They are answered with ENOSYS, if they are in the thread's list, and
-/// nothing is done.
+/// What glibc and Rust's runtime try and do without: a new thread by `clone3`, whose flags a filter cannot see (`clone`, which glibc
+/// takes instead, has them in an argument); files that are read, such as `/proc/sys/vm/overcommit_memory` when the allocator gives
+/// memory back (malloc/arena.c), or this program's for the trace of a panic, which the daemon's own hook leaves out. They are answered
+/// with ENOSYS, if they are in the thread's list, and nothing is done.
 pub(super) const NOT_THERE: &[Call] = &[
     any(libc::SYS_clone3),
     any(libc::SYS_getcwd),
