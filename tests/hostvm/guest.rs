@@ -194,6 +194,18 @@ pub fn read_console(console: impl Read + Send + 'static) -> Receiver<String> {
     receiver
 }
 
+/// Waits for a line of a console that has a text in it. If none comes, the daemon's log is shown.
+pub fn wait_for_line(console: &Receiver<String>, text: &str, log: impl FnOnce() -> String) -> String {
+    let deadline = Instant::now() + Duration::from_secs(300);
+    while let Ok(line) = console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        println!("console: {line}");
+        if line.contains(text) {
+            return line;
+        }
+    }
+    panic!("the guest does not say `{text}`; the daemon says:\n{}", log());
+}
+
 /// The sum of the first 16 MiB of the disk's image, as it was taken outside of the host VM.
 pub fn image_md5() -> String {
     boot_word("hostvm.md5").unwrap()

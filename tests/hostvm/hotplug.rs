@@ -7,14 +7,14 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::Value;
 use virtio_iommu::id::PciAddress;
 
 use crate::edu::PAGE;
-use crate::guest::{DISPLAY, KERNEL, MACHINE, Qmp, image_md5, read_console};
+use crate::guest::{DISPLAY, KERNEL, MACHINE, Qmp, image_md5, read_console, wait_for_line};
 use crate::pci::{Edu, NVME, bind_to_vfio, dma_faults, expect_fault, find_all};
 
 const DIRECTORY: &str = "/tmp/hotplug";
@@ -74,14 +74,7 @@ impl Guest {
 
     /// Waits for a line of the guest that has this text in it.
     fn wait_for(&self, text: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(300);
-        while let Ok(line) = self.console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            println!("console: {line}");
-            if line.contains(text) {
-                return line;
-            }
-        }
-        panic!("the guest does not say `{text}`; the daemon says:\n{}", log());
+        wait_for_line(&self.console, text, log)
     }
 
     /// QEMU's open file of a device.

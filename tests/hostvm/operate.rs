@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use crate::guest::{DISPLAY, KERNEL, MACHINE, image_md5, read_console};
+use crate::guest::{DISPLAY, KERNEL, MACHINE, image_md5, read_console, wait_for_line};
 use crate::pci::{NVME, bind_to_vfio, find_all};
 
 const DOCUMENT: &str = include_str!("../../docs/operators.md");
@@ -85,14 +85,7 @@ impl Guest {
 
     /// Waits for a line of the guest that has this text in it.
     fn wait_for(&self, text: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(300);
-        while let Ok(line) = self.console.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            println!("console: {line}");
-            if line.contains(text) {
-                return line;
-            }
-        }
-        panic!("the guest does not say `{text}`; the daemon says:\n{}", log());
+        wait_for_line(&self.console, text, log)
     }
 }
 
