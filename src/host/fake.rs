@@ -82,6 +82,7 @@ struct State {
     calls: u64,
     failures: BTreeMap<u64, Failure>,
     released: Vec<EndpointId>,
+    can_migrate: bool,
     /// What each map waits for.
     gate: Option<Arc<Mutex<Receiver<()>>>>,
 }
@@ -108,6 +109,7 @@ impl FakeHost {
             calls: 0,
             failures: BTreeMap::new(),
             released: Vec::new(),
+            can_migrate: false,
             gate: None,
         };
         Self { state: Arc::new(Mutex::new(state)) }
@@ -232,6 +234,11 @@ impl FakeHost {
         self.lock().granule = granule;
     }
 
+    /// The guest can go on on another host with the devices of all groups from now on, as it can with emulated ones.
+    pub fn allow_migration(&self) {
+        self.lock().can_migrate = true;
+    }
+
     /// Somebody else attaches the group of an endpoint to guest memory as it is, as a VMM does with a device that it plugs.
     pub fn attach_elsewhere(&self, endpoint: EndpointId) {
         let mut state = self.lock();
@@ -345,6 +352,10 @@ impl HostGroup for FakeGroup {
 
     fn block(&self) {
         self.set(&mut self.host.lock(), Attachment::Blocked);
+    }
+
+    fn can_migrate(&self) -> bool {
+        self.host.lock().can_migrate
     }
 
     fn release(&self, member: EndpointId) {

@@ -14,47 +14,12 @@ use vhost::vhost_user::message::VhostTransferStateDirection as Direction;
 use vhost::vhost_user::message::VhostTransferStatePhase::STOPPED;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
+use virtio_iommu::host::HostErrorKind;
 use virtio_iommu::host::fake::Failure;
-use virtio_iommu::host::{AttachError, HostError, HostErrorKind, HostGroup, IoPageTable};
-use virtio_iommu::memory::GuestRam;
 
 use super::*;
 
 const OTHER: EndpointId = EndpointId(0x20);
-
-/// A group of the model's whose devices are taken for emulated ones.
-#[derive(Debug)]
-struct Emulated(Arc<dyn HostGroup>);
-
-impl HostGroup for Emulated {
-    fn members(&self) -> &[EndpointId] {
-        self.0.members()
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        self.0.new_table()
-    }
-
-    fn can_share(&self, table: &dyn IoPageTable) -> bool {
-        self.0.can_share(table)
-    }
-
-    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        self.0.attach(table)
-    }
-
-    fn block(&self) {
-        self.0.block();
-    }
-
-    fn memory_changed(&self, ram: &GuestRam) {
-        self.0.memory_changed(ram);
-    }
-
-    fn can_migrate(&self) -> bool {
-        true
-    }
-}
 
 /// What a backend is made with.
 struct Terms {
@@ -81,9 +46,8 @@ impl Terms {
 
     fn backend(self) -> (FakeHost, Arc<IommuBackend>) {
         let host = FakeHost::new(Flavour::Iommufd);
-        let group = |(id, _): &(EndpointId, _)| -> Arc<dyn HostGroup> {
-            Arc::new(Emulated(host.group(&[*id], RangeSet::from(self.settings.input_range))))
-        };
+        host.allow_migration();
+        let group = |(id, _): &(EndpointId, _)| host.group(&[*id], RangeSet::from(self.settings.input_range));
         let groups = self.endpoints.iter().map(group).collect();
         let view = |(id, regions)| (id, EndpointView::new(regions).unwrap());
         let device = VirtioIommu::new(self.settings, self.endpoints.into_iter().map(view).collect(), groups).unwrap();

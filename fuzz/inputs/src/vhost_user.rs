@@ -22,9 +22,7 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::Error as DaemonError;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::fake::{Attachment, FakeHost, Flavour};
-use virtio_iommu::host::{AttachError, HostError, HostGroup, IoPageTable};
 use virtio_iommu::id::EndpointId;
-use virtio_iommu::memory::GuestRam;
 use virtio_iommu::queue::Polling;
 use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::{EndpointView, ReservedKind, ReservedRegion};
@@ -104,40 +102,6 @@ fn would_wrap(code: u32, body: &[u8]) -> bool {
     code == ADD_MEM_REG && word(2).zip(word(3)).is_some_and(|(size, user)| user.checked_add(size).is_none())
 }
 
-/// A group of the model's whose device is taken for an emulated one.
-#[derive(Debug)]
-struct Emulated(Arc<dyn HostGroup>);
-
-impl HostGroup for Emulated {
-    fn members(&self) -> &[EndpointId] {
-        self.0.members()
-    }
-
-    fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
-        self.0.new_table()
-    }
-
-    fn can_share(&self, table: &dyn IoPageTable) -> bool {
-        self.0.can_share(table)
-    }
-
-    fn attach(&self, table: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
-        self.0.attach(table)
-    }
-
-    fn block(&self) {
-        self.0.block();
-    }
-
-    fn memory_changed(&self, ram: &GuestRam) {
-        self.0.memory_changed(ram);
-    }
-
-    fn can_migrate(&self) -> bool {
-        true
-    }
-}
-
 struct Run {
     host: FakeHost,
     backend: Arc<IommuBackend>,
@@ -159,8 +123,9 @@ impl Run {
         let usable = RangeSet::from(IovaRange::ALL).subtract(&RangeSet::from(msi));
         let view = EndpointView::new(vec![ReservedRegion { range: msi, kind: ReservedKind::Msi }]).expect("a view");
         let settings = Settings::new("0-ffffffffff".parse().expect("a range"), 0x1000);
-        let groups: Vec<Arc<dyn HostGroup>> = vec![Arc::new(Emulated(host.group(&[ENDPOINT], usable)))];
-        let device = VirtioIommu::new(settings, vec![(ENDPOINT, view)], groups).expect("a device");
+        host.allow_migration();
+        let group = host.group(&[ENDPOINT], usable);
+        let device = VirtioIommu::new(settings, vec![(ENDPOINT, view)], vec![group]).expect("a device");
         let options = BackendOptions { on_stop: OnStop::Keep, polling: Polling::Off };
         let backend = Arc::new(IommuBackend::new(device, options).expect("a backend"));
 
