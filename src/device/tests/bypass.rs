@@ -116,6 +116,9 @@ fn a_member_that_moves_away_is_refused_a_bypass_that_it_could_not_have() {
     }
     assert!(matches!(host.attachment(LEFT), Attachment::Table(_)), "nothing changed");
     assert_eq!(device.save().domains.iter().map(|domain| domain.endpoints.len()).collect::<Vec<_>>(), [2]);
+    let mut tail = [0xaa; 4];
+    assert_eq!(device.handle(&attach_bytes(2, LEFT, 0), &mut tail), 4);
+    assert_eq!(tail, [OK, 0, 0, 0], "a domain that has mappings is not refused");
 }
 
 #[test]

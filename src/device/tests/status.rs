@@ -86,6 +86,7 @@ fn the_latest_faults_are_remembered_until_their_endpoint_goes() {
     assert_eq!(told(&machine, 0), [(1, LONE), (2, LEFT)]);
     // The guest being told, and its reset, are no reason to forget.
     assert!(machine.device.take_fault().is_some());
+    assert_eq!(machine.device.statistics().faults_sent, 1);
     machine.device.reset();
     assert_eq!(told(&machine, 1), [(2, LEFT)]);
     machine.device.remove_endpoint(LONE);
