@@ -35,8 +35,8 @@ const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 const PATIENCE: Duration = Duration::from_secs(20);
 const NOENT: u8 = 6;
 /// The daemon's threads, with a frontend that has not said anything yet; `vhost-user` is the connection's.
-const THREADS: [&str; 8] =
-    ["control", "frontend", "log", "main", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
+const THREADS: [&str; 9] =
+    ["control", "frontend", "log", "main", "metrics", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
 
 fn may_trace() -> bool {
     let is_root = rustix::process::geteuid().is_root();
@@ -46,7 +46,7 @@ fn may_trace() -> bool {
     is_root
 }
 
-/// A daemon with a control socket, and the frontend's end of its connection.
+/// A daemon with a control socket and a metrics file, and the frontend's end of its connection.
 struct Daemon {
     child: Child,
     directory: tempfile::TempDir,
@@ -62,6 +62,8 @@ impl Daemon {
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 <&- >&-", DAEMON, "--fd=3", "--ready-fd=4"]);
         command.arg("--control-path").arg(directory.path().join("control/socket"));
+        fs::create_dir(directory.path().join("metrics")).unwrap();
+        command.arg("--metrics-file").arg(directory.path().join("metrics/file"));
         command.arg("--input-range=0-ffffffff").args(options);
         let child = command.stdin(OwnedFd::from(passed)).stdout(told).stderr(Stdio::piped()).spawn().unwrap();
         drop(command);
