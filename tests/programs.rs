@@ -18,6 +18,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::alone::close;
+use common::left_out::left_out;
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -232,7 +233,7 @@ fn there_is_one_frontend() {
 #[test]
 fn a_daemon_without_threads_says_so_and_blocks_every_endpoint_that_a_guest_had() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("left out: needs root, to be a user with nothing else running");
+        left_out("root, to be a user with nothing else running");
         return;
     }
     let directory = tempfile::tempdir().unwrap();

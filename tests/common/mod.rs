@@ -22,6 +22,7 @@ pub mod alone;
 pub mod confined;
 #[cfg(target_arch = "x86_64")]
 pub mod inject;
+pub mod left_out;
 mod requests;
 pub mod status;
 

@@ -9,6 +9,7 @@ use std::process::Output;
 
 use serde_json::{Value, json};
 
+use super::common::left_out::left_out;
 use super::*;
 
 const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
@@ -128,7 +129,7 @@ fn systemds_objections(units: &[PathBuf], name: &str) -> Vec<String> {
 #[test]
 fn the_units_are_what_systemd_understands() {
     if !Command::new("systemd-analyze").arg("--version").output().is_ok_and(|output| output.status.success()) {
-        eprintln!("conventions: there is no systemd-analyze here: left out");
+        left_out("systemd-analyze");
         return;
     }
     let root = tempfile::tempdir().unwrap();

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use common::confined::{assert_calls, assert_confined, threads};
 use common::inject::{Outcome, Stopped};
+use common::left_out::left_out;
 use common::{Machine, attach, guest_memory};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
@@ -41,7 +42,7 @@ const THREADS: [&str; 9] =
 fn may_trace() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
-        eprintln!("left out: needs root, to trace a process that cannot be dumped");
+        left_out("root, to trace a process that cannot be dumped");
     }
     is_root
 }
