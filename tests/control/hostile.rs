@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::common::left_out::left_out;
+use crate::common::processes::wait_until;
 
 const HURRY: Limits = Limits { clients: 4, patience: Duration::from_millis(300) };
 
@@ -100,7 +101,7 @@ fn a_client_that_does_not_read_is_closed() {
     let bench = Bench::with(HURRY, &[]);
     let mut client = bench.client();
     // Its own patience ends with another error.
-    client.stream.get_ref().set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.stream.get_ref().set_write_timeout(Some(PATIENCE)).unwrap();
     // More than the kernel keeps for it: then no more of its requests are read.
     let line = b"{\"version\":1,\"request\":\"plan\"}\n".repeat(1000);
     let error = std::iter::repeat_with(|| client.stream.get_mut().write_all(&line)).find_map(Result::err).unwrap();
@@ -151,10 +152,7 @@ fn serves_again(bench: &Bench) {
         let written = client.stream.get_mut().write_all(b"{\"version\":1,\"request\":\"list\"}\n");
         written.is_ok() && client.next().is_some_and(|reply| reply["endpoints"].is_array())
     };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_served() {
-        assert!(Instant::now() < deadline, "clients that are gone are counted");
-    }
+    wait_until("clients that are gone are counted", is_served);
 }
 
 #[test]

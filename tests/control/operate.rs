@@ -351,7 +351,8 @@ fn a_daemon_that_does_not_answer_is_told_from_one_that_is_not_there() {
     expect("this is not its control socket");
     other.join().unwrap();
     expect("it was killed, and left its socket behind");
-    let set_mode = |path: &std::path::Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    let set_mode =
+        |path: &std::path::Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
     set_mode(place.path(), 0o755);
     set_mode(&path, 0o000);
     let mut command = status();

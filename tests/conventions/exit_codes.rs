@@ -79,4 +79,5 @@ fn a_frontend_that_breaks_the_protocol_is_4() {
     let ended = daemon.end();
     assert_eq!(ended.code, Some(4), "{}", ended.err);
     assert!(ended.err.contains("broke the protocol"), "{}", ended.err);
+    assert!(!place.socket.exists());
 }
