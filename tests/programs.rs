@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use common::alone::close;
 use common::left_out::left_out;
-use common::processes::{wait_for_end, wait_until};
+use common::processes::{child_of, wait_for_end, wait_until};
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -170,23 +170,25 @@ fn as_many_hangups_as_there_are_end_a_daemon_well() {
     assert!(log.contains("every endpoint is blocked"), "{log}");
 }
 
+/// A process that is not to outlive the test.
+struct Killed(u32);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.0.cast_signed()), Signal::SIGKILL);
+    }
+}
+
 #[test]
 fn a_daemon_that_is_told_to_ends_with_its_parent() {
     for has_frontend in [false, true] {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let mut parent = Command::new("sh");
-        parent.args([
-            "-c",
-            "\"$@\" & wait",
-            "sh",
-            DAEMON,
-            "--exit-with-parent",
-            "--input-range=0-ffffffff",
-            "--socket-path",
-        ]);
-        parent.arg(&socket);
+        parent.args(["-c", "\"$@\" & wait", "sh", DAEMON, "--exit-with-parent", "--input-range=0-ffffffff"]);
+        parent.arg("--socket-path").arg(&socket);
         let Daemon { child: mut parent, _directory, .. } = Daemon::run(parent, socket.clone(), directory);
+        let _daemon = Killed(child_of(parent.id()));
         let machine = has_frontend.then(|| {
             let mut machine = Machine::connect(&socket, guest_memory(0x20_0000));
             machine.start();
