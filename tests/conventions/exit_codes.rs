@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Each exit code, with a line that says why.
+//! Each exit code but 5, with a line that says why. For 5 the kernel must refuse to confine a process: `tests/sandbox`.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
