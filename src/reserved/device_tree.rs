@@ -340,9 +340,9 @@ mod tests {
         fs::write(tree.node().join("dma-ranges"), [0; 5]).unwrap();
         assert!(read(&tree.node()).unwrap_err().to_string().contains("dma-ranges has 5 bytes"));
         // As many cells as a property may have are no number of entries; three more are.
-        tree.put_pci("dma-ranges", &[0; LARGEST_PROPERTY / 4]);
+        tree.put_pci("dma-ranges", &vec![0; LARGEST_PROPERTY / 4]);
         assert!(read(&tree.node()).unwrap_err().to_string().ends_with("a number of entries of 7 cells"));
-        tree.put_pci("dma-ranges", &[0; LARGEST_PROPERTY / 4 + 3]);
+        tree.put_pci("dma-ranges", &vec![0; LARGEST_PROPERTY / 4 + 3]);
         assert!(read(&tree.node()).unwrap_err().to_string().ends_with("a list of cells of 4 bytes"), "too large");
         tree.put_pci("dma-ranges", &[0; 7]);
         for cells in [&[5][..], &[1, 1]] {
