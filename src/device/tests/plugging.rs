@@ -187,6 +187,16 @@ fn accesses_of_one_that_is_removed_are_no_events() {
     assert_eq!(machine.device.statistics().faults_dropped, 3, "what was counted stays so");
 }
 
+#[test]
+fn devices_that_somebody_bound_since_are_blocked_once_more() {
+    let mut machine = Machine::with(Flavour::Iommufd, Settings { boot_bypass: false, ..settings() });
+    assert_eq!(machine.reads(LONE, 0x1000), None);
+    machine.host.attach_elsewhere(LONE);
+    assert_eq!(machine.reads(LONE, 0x1000), Some(0x1000));
+    machine.device.devices_were_bound();
+    assert_eq!(machine.reads(LONE, 0x1000), None);
+}
+
 /// A group whose devices report what is refused.
 #[derive(Debug)]
 struct Refusing {
