@@ -65,6 +65,7 @@ check:
 	@$(CARGO) fmt --all --check
 	@$(CARGO) fmt --manifest-path fuzz/Cargo.toml --all --check
 	@$(CARGO) clippy --quiet --all-targets --all-features -- -D warnings
+	@$(CARGO) clippy --quiet --all-targets -- -D warnings
 	@$(CARGO) clippy --quiet --all-targets --no-default-features -- -D warnings
 	@$(CARGO) clippy --quiet --manifest-path fuzz/inputs/Cargo.toml --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --no-deps --all-features
