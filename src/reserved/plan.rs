@@ -411,7 +411,7 @@ mod tests {
             prop_assert!(reported.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
             prop_assert!(reported.iter().all(|region| input_range.covers(region.range)));
             prop_assert!(planned.withheld.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
-            // I17: no withheld range is refused.
+            // I17 of docs/invariants.md: no withheld range is refused.
             prop_assert!(planned.withheld.iter().all(|w| planned.view.refused().overlapping(w.range).is_none()));
             let msi = reported.iter().filter(|region| region.kind == ReservedKind::Msi).count();
             prop_assert_eq!(msi, usize::from(policy.guest_msi.is_some_and(|msi| input_range.covers(msi))));

@@ -43,7 +43,7 @@ pub fn peak_memory() -> u64 {
 }
 
 /// The memory that this process has now, in bytes.
-pub fn memory() -> u64 {
+pub fn resident_memory() -> u64 {
     status("VmRSS:")
 }
 
