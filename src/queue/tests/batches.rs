@@ -107,7 +107,8 @@ fn the_driver_sees_what_was_answered_before_a_long_batch_ends() {
     let batch = bench.process().unwrap();
     assert_eq!((batch.handled, memory.read_obj::<u16>(GuestAddress(0x8002)).unwrap()), (64, 64));
     let seen = seen.lock().unwrap();
-    assert!((0..64).zip(&*seen).all(|(before, shown)| *shown <= before && before - *shown < 32), "{seen:?}");
+    let shown: Vec<u16> = (0..64).map(|before| before / 32 * 32).collect();
+    assert_eq!(*seen, shown, "32 at a time, as fewer would cost the driver's cache more");
 }
 
 #[test]

@@ -73,5 +73,14 @@ fn a_driver_is_notified_when_the_event_it_asked_for_is_passed() {
         let avail_event: u16 =
             memory.read_obj(GuestAddress(bench.queue.used_ring() + 4 + 8 * u64::from(SIZE))).unwrap();
         assert_eq!(avail_event, 5, "the next buffer is asked for");
+        // Three more of the same: what was passed before is not passed again.
+        for (asked, expected) in [(4, false), (5, true), (7, true), (8, false)] {
+            bench.queue.set_next_avail(5);
+            bench.queue.set_next_used(5);
+            bench.make_available(&[0, 2, 4, 6, 8, 0, 2, 4]);
+            memory.write_obj(u16::to_le(asked), GuestAddress(used_event)).unwrap();
+            let batch = bench.process().unwrap();
+            assert_eq!(batch, Batch { handled: 3, more: false, notify: expected }, "then for {asked}");
+        }
     }
 }
