@@ -9,7 +9,7 @@ use std::path::Path;
 use super::operate::OperateError;
 use super::qmp::{Plug, Qmp, QmpError, Unplugged};
 use crate::causes::with_causes;
-use crate::control::protocol::{RefusalKind, Reply, Request};
+use crate::control::protocol::{Held, RefusalKind, Reply, Request};
 use crate::control::{Client, ClientError};
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
@@ -218,10 +218,19 @@ fn unplug(client: &mut Client, monitor: &mut Qmp, endpoint: EndpointId) -> Resul
     }
 }
 
-/// Takes endpoints from the daemon, all or none. Their siblings that stay are returned.
+/// Takes endpoints from the daemon, all or none. Their siblings that stay are returned. That files may be held still is said.
 fn forget(client: &mut Client, endpoints: &[EndpointId]) -> Result<Vec<EndpointId>, OperateError> {
     match client.ask(Request::Remove { endpoints: endpoints.iter().copied().map(Text).collect() })? {
-        Reply::Removed(removal) => Ok(removal.siblings.into_iter().map(|sibling| sibling.0).collect()),
+        Reply::Removed(removal) => {
+            for Held { endpoint, reason } in &removal.held {
+                eprintln!(
+                    "viommuctl: {} was removed and reaches nothing, but the host cannot have its device back yet: the watcher did not \
+                     say that it closed its file: {reason}",
+                    endpoint.0
+                );
+            }
+            Ok(removal.siblings.into_iter().map(|sibling| sibling.0).collect())
+        }
         _ => Err(OperateError::Unexpected),
     }
 }

@@ -257,6 +257,24 @@ fn what_the_guest_has_let_go_is_removed_though_it_keeps_something_else() {
 }
 
 #[test]
+fn what_is_removed_is_not_said_to_be_left_because_the_watcher_has_its_file() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |_, id| unplugged(id));
+    bench.keeper.refuse_from(0);
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    assert_eq!(code, 0, "{said}");
+    for id in [NEW_TEXT, OTHER_TEXT] {
+        let warning = format!(
+            "viommuctl: {id} was removed and reaches nothing, but the host cannot have its device back yet: the watcher did not say \
+             that it closed its file: it has not answered yet"
+        );
+        assert!(said.contains(&warning), "{said}");
+    }
+    assert!(!said.contains("not removed"), "{said}");
+    assert_eq!(added(&bench), [] as [&str; 0]);
+}
+
+#[test]
 fn what_qemu_has_not_got_is_removed() {
     let bench = bench_of_two();
     let path = monitor(&bench, |command, _| no_device(command, &json!([])));
