@@ -94,17 +94,32 @@ impl MetricsFile {
         self.write(&encode(backend.counted()).map_err(io::Error::other)?)
     }
 
-    /// Writes it for the first time.
+    /// Writes it for the first time. From here on it is this process's.
     ///
     /// # Errors
     ///
     /// [`MetricsError::Write`]
-    pub fn begin(&self, backend: &IommuBackend) -> Result<(), MetricsError> {
-        self.write_metrics(backend).map_err(|error| MetricsError::Write(self.path.clone(), error))
+    pub fn begin(self, backend: &IommuBackend) -> Result<OwnMetricsFile, MetricsError> {
+        match self.write_metrics(backend) {
+            Ok(()) => Ok(OwnMetricsFile(self)),
+            Err(error) => Err(MetricsError::Write(self.path, error)),
+        }
     }
+}
 
-    /// Writes it at each interval, on a thread of its own, until what is returned is dropped. Then it is removed, so that nobody takes a
-    /// daemon that is gone for one that is idle.
+/// A file that this process has written. When this is dropped it is removed, so that nobody takes a daemon that is gone, or did not
+/// start, for one that is idle.
+#[derive(Debug)]
+pub(super) struct OwnMetricsFile(MetricsFile);
+
+impl Drop for OwnMetricsFile {
+    fn drop(&mut self) {
+        let _ = unlinkat(&self.0.directory, &self.0.name, AtFlags::empty());
+    }
+}
+
+impl OwnMetricsFile {
+    /// Writes it at each interval, on a thread of its own, until what is returned is dropped.
     ///
     /// # Errors
     ///
@@ -120,6 +135,8 @@ impl MetricsFile {
         let backend = Arc::clone(backend);
         let work = move || {
             self.write_until(&ends, &backend, interval);
+            // The file goes before anybody is told that it is gone.
+            drop(self);
             // Whoever waits no longer has ended.
             let _ = tell.send(());
         };
@@ -128,10 +145,10 @@ impl MetricsFile {
     }
 
     fn write_until(&self, ends: &Receiver<()>, backend: &IommuBackend, interval: Duration) {
-        let path = self.path.display();
+        let path = self.0.path.display();
         let mut is_failing = false;
         while ends.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            let result = self.write_metrics(backend);
+            let result = self.0.write_metrics(backend);
             match &result {
                 Ok(()) if is_failing => info!("{path} is written again"),
                 Err(error) if !is_failing => warn!("{path} cannot be written, and is as it was: {error}"),
@@ -139,7 +156,6 @@ impl MetricsFile {
             }
             is_failing = result.is_err();
         }
-        let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
     }
 }
 
