@@ -2,7 +2,9 @@
 
 //! What the program does by its options, where other topics do not have it.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
@@ -35,6 +37,22 @@ fn capabilities_are_printed_whatever_else_is_asked_for() {
         assert_eq!((code, err.as_str()), (Some(0), ""));
         assert_eq!(serde_json::from_str::<Value>(&out).unwrap(), json!({ "type": "iommu" }));
     }
+}
+
+#[test]
+fn a_path_can_be_any_bytes() {
+    let place = Place::new();
+    let socket = place.directory.path().join(OsStr::from_bytes(b"socket\xff"));
+    let mut option = OsString::from("--socket-path=");
+    option.push(&socket);
+    let mut daemon = Command::new(DAEMON).arg(option).stderr(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !socket.exists() && daemon.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "it does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let daemon = Daemon { child: daemon, log: tempfile::tempfile().unwrap() };
+    daemon.end_well();
 }
 
 #[test]
