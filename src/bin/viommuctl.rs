@@ -3,18 +3,20 @@
 //! Looks at a host, prepares a guest, asks a running daemon: arguments in, exit code out.
 
 use std::error::Error;
+use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 use virtio_iommu::causes::with_causes;
 use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
 use virtio_iommu::launch::memlock::{self, Demand, Grant};
 use virtio_iommu::launch::operate::Operation;
+use virtio_iommu::launch::output::{OutputError, put, say};
 use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, qemu, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
@@ -202,32 +204,27 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure(code, error)) => {
-            // Where nobody reads there is nobody to tell.
-            let _ = writeln!(io::stderr(), "viommuctl: {}", with_causes(error.as_ref()));
+            say(format_args!("viommuctl: {}", with_causes(error.as_ref())));
             ExitCode::from(code)
         }
     }
 }
 
-/// Writes to the standard output. That nobody reads on, as behind `| head`, is no failure.
-fn put(text: &str) -> Result<(), Failure> {
-    let mut output = io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure(1, format!("cannot write to the standard output: {error}").into()))
-        }
-        _ => Ok(()),
+impl From<OutputError> for Failure {
+    fn from(error: OutputError) -> Self {
+        Self(1, error.into())
     }
+}
+
+/// What is printed of an answer: JSON for programs, or a text for people.
+fn shown<T: Serialize + Display>(answer: &T, json: bool) -> Result<String, Failure> {
+    let text = if json { serde_json::to_string_pretty(answer) } else { Ok(answer.to_string()) };
+    text.map(|text| format!("{text}\n")).map_err(|error| Failure(1, error.into()))
 }
 
 fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
     let report = check(&Host::default(), question);
-    let shown = if json {
-        serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?
-    } else {
-        report.to_string()
-    };
-    put(&format!("{shown}\n"))?;
+    put(&shown(&report, json)?)?;
     if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
 }
 
@@ -236,11 +233,7 @@ fn run_memlock(demand: &Demand, json: bool) -> Result<(), Failure> {
         return Err(Failure(2, "--page must not be 0".into()));
     }
     let needs = memlock::needs(demand, Grant::of_this_process(), memlock::type1_limit());
-    if json {
-        println!("{}", serde_json::to_string_pretty(&needs).map_err(|error| Failure(1, error.into()))?);
-    } else {
-        println!("{needs}");
-    }
+    put(&shown(&needs, json)?)?;
     if needs.granted { Ok(()) } else { Err(Failure(3, "this host does not grant all of that: see above".into())) }
 }
 
@@ -283,7 +276,8 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let sysfs = Sysfs::new("/sys");
     if print {
         let lines = launch.lines(&sysfs).map_err(|error| Failure(error.exit_code(), error.into()))?;
-        return put(&format!("{lines}\n"));
+        put(&format!("{lines}\n"))?;
+        return Ok(());
     }
     let memory = qemu::memory(&launch.qemu).map_err(LaunchError::from);
     let memory = memory.map_err(|error| Failure(error.exit_code(), error.into()))?;
@@ -291,7 +285,7 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let devices = launch.devices.iter().map(|device| device.host).collect();
     let report = check(&Host::default(), &Question { devices, qemu: program, memory });
     if !report.ready {
-        let _ = writeln!(io::stderr(), "{report}");
+        say(format_args!("{report}"));
         return Err(Failure(3, "this host is not ready: see above".into()));
     }
     let error = launch.start(&sysfs);
@@ -307,7 +301,8 @@ fn run_plan(facts: &Path, json: bool, svg: Option<PathBuf>) -> Result<(), Failur
     if let Some(path) = svg {
         draw(&file, &plan, &path)?;
     }
-    put(&if json { report::to_json(&plan) } else { show::plan(&plan) })
+    put(&if json { report::to_json(&plan) } else { show::plan(&plan) })?;
+    Ok(())
 }
 
 /// What `inspect` was asked for, besides devices.

@@ -10,6 +10,7 @@ pub mod inspect;
 mod lines;
 pub mod memlock;
 pub mod operate;
+pub mod output;
 pub mod picture;
 pub mod plugging;
 pub mod qemu;

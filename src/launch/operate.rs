@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::inspect::{Inspection, UsableError, inspect};
+use super::output::{OutputError, put, say};
 use super::plugging::{self, PlugError};
 use super::qemu::port_of_bus;
 use super::qmp::{Plug, Qmp, QmpError};
@@ -187,9 +188,9 @@ pub enum OperateError {
     /// Devices that were not plugged, or not removed.
     #[error(transparent)]
     Plug(#[from] PlugError),
-    /// The output is gone.
-    #[error("cannot write")]
-    Output(#[source] io::Error),
+    /// The answer cannot be printed.
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 impl OperateError {
@@ -236,9 +237,9 @@ impl Daemon {
     }
 }
 
+/// Prints an answer. If nobody reads it, there is no more to do.
 fn print(text: &str) -> Done {
-    let mut output = io::stdout().lock();
-    output.write_all(text.as_bytes()).and_then(|()| output.flush()).map_err(OperateError::Output)
+    Ok(put(text).map(drop)?)
 }
 
 fn json_line(value: &impl serde::Serialize) -> String {
@@ -263,7 +264,9 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
     };
     let show = |fault: &Fault| if json { json_line(fault) } else { show_fault(fault) };
     for fault in &faults.faults {
-        print(&show(fault))?;
+        if !put(&show(fault))? {
+            return Ok(());
+        }
     }
     if !follow {
         return Ok(());
@@ -279,10 +282,12 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
         };
         let missing = fault.number.saturating_sub(last).saturating_sub(1);
         if missing > 0 {
-            eprintln!("viommuctl: {missing} faults came too fast to be shown");
+            say(format_args!("viommuctl: {missing} faults came too fast to be shown"));
         }
         last = fault.number;
-        print(&show(&fault))?;
+        if !put(&show(&fault))? {
+            return Ok(());
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use super::operate::OperateError;
+use super::output::say;
 use super::qmp::{Plug, Qmp, QmpError, Unplugged};
 use crate::causes::with_causes;
 use crate::control::protocol::{Held, RefusalKind, Reply, Request};
@@ -138,7 +139,7 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
             Err(error) => {
                 left.push(guest.into());
                 let is_lost = is_lost(&error);
-                eprintln!("viommuctl: {guest} was not taken from the guest: {}", with_causes(&error));
+                say(format_args!("viommuctl: {guest} was not taken from the guest: {}", with_causes(&error)));
                 if is_lost {
                     break;
                 }
@@ -147,7 +148,7 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
     }
     left.extend(waiting.map(EndpointId::from));
     if let Err(error) = forget(client, &removed) {
-        eprintln!("viommuctl: {} not taken from the daemon: {}", list(&removed), with_causes(&error));
+        say(format_args!("viommuctl: {} not taken from the daemon: {}", list(&removed), with_causes(&error)));
         left.extend(removed);
     }
     left
@@ -186,7 +187,7 @@ fn unplug_all(client: &mut Client, monitor: &mut Qmp, endpoints: &[EndpointId]) 
             }
             Err(error) => {
                 left.push(endpoint);
-                eprintln!("viommuctl: {endpoint} was not removed: {}", with_causes(&error));
+                say(format_args!("viommuctl: {endpoint} was not removed: {}", with_causes(&error)));
                 match error {
                     OperateError::Daemon(ClientError::Refused(_)) => (),
                     OperateError::Qmp(error) if !is_lost(&error) => (),
@@ -223,11 +224,11 @@ fn forget(client: &mut Client, endpoints: &[EndpointId]) -> Result<Vec<EndpointI
     match client.ask(Request::Remove { endpoints: endpoints.iter().copied().map(Text).collect() })? {
         Reply::Removed(removal) => {
             for Held { endpoint, reason } in &removal.held {
-                eprintln!(
+                say(format_args!(
                     "viommuctl: {} was removed and reaches nothing, but the host cannot have its device back yet: the watcher did not \
                      say that it closed its file: {reason}",
                     endpoint.0
-                );
+                ));
             }
             Ok(removal.siblings.into_iter().map(|sibling| sibling.0).collect())
         }
@@ -237,9 +238,9 @@ fn forget(client: &mut Client, endpoints: &[EndpointId]) -> Result<Vec<EndpointI
 
 fn tell_siblings(siblings: &[EndpointId]) {
     for sibling in siblings {
-        eprintln!(
+        say(format_args!(
             "viommuctl: {sibling} of the same host group stays: until the host has the devices back, they reach what it reaches"
-        );
+        ));
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::lines::Lines;
+use super::output::say;
 use crate::control::passing::send;
 use crate::id::PciAddress;
 
@@ -187,12 +188,12 @@ impl Qmp {
             Err(QmpError::Broken(error)) if is_timeout(&error) => (),
             result => return result.map(|_| ()),
         }
-        eprintln!(
+        say(format_args!(
             "viommuctl: QEMU still plugs {}: it pins the guest's memory, which takes long if there is much; it is waited for, for up to \
              {} minutes",
             plug.guest,
             self.patience.plug.as_secs() / 60
-        );
+        ));
         self.answer("device_add", start + self.patience.plug).map(|_| ())
     }
 

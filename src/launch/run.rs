@@ -15,6 +15,7 @@ use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use super::directory::{Directory, DirectoryError};
 use super::inspect::inspect;
+use super::output::say;
 use super::qemu::{self, Hotplug, Parts, QemuError, quote};
 use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
@@ -272,7 +273,7 @@ impl Launch {
         let commands = self.commands(iommufd.as_raw_fd(), &numbers)?;
         self.start_daemon(&commands.daemon)?;
         if self.hotplug > 0 {
-            eprintln!("{}", self.how_to_add());
+            say(format_args!("{}", self.how_to_add()));
         }
 
         let mut words = commands.qemu.iter();

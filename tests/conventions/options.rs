@@ -40,6 +40,22 @@ fn capabilities_are_printed_whatever_else_is_asked_for() {
 }
 
 #[test]
+fn whoever_does_not_read_what_is_printed_hears_of_no_failure() {
+    let place = Place::new();
+    let socket = format!("--socket-path={}", place.socket.display());
+    for options in [&["--print-capabilities"][..], &["--check", &socket], &["--check", "--json", &socket]] {
+        let closed = || Stdio::from(std::io::pipe().unwrap().1);
+        let status = Command::new(DAEMON).args(options).stdout(closed()).stderr(closed()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{options:?}");
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let output = Command::new(DAEMON).args(options).stdout(full).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{options:?}: {said}");
+        assert!(said.contains("cannot write to the standard output: No space left on device"), "{said}");
+    }
+}
+
+#[test]
 fn a_path_can_be_any_bytes() {
     let place = Place::new();
     let socket = place.directory.path().join(OsStr::from_bytes(b"socket\xff"));
