@@ -2,7 +2,6 @@
 
 //! The latest faults with the time at which they were seen, for clients that ask and those that follow.
 
-use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::protocol::{Address, Fault, FaultReason, Faults};
@@ -10,14 +9,11 @@ use crate::device::{self, RecordedFault, VirtioIommu};
 use crate::reserved::facts::Text;
 use crate::vhost_user::IommuBackend;
 
-/// How many are remembered: as many as the device remembers.
-const CAPACITY: usize = 256;
-
-/// The latest faults.
+/// The latest faults: those that the device remembers.
 #[derive(Debug, Default)]
 pub(super) struct FaultLog {
     seen: u64,
-    faults: VecDeque<Fault>,
+    faults: Vec<Fault>,
 }
 
 impl FaultLog {
@@ -34,8 +30,6 @@ impl FaultLog {
         self.seen = recorded;
         self.faults.retain(|fault| kept.binary_search(&fault.number).is_ok());
         self.faults.extend(new.iter().map(|recorded| fault(recorded, time)));
-        let surplus = self.faults.len().saturating_sub(CAPACITY);
-        self.faults.drain(..surplus);
     }
 
     /// Those with a higher number.
