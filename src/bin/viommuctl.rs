@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use virtio_iommu::causes::with_causes;
-use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
+use virtio_iommu::id::{EndpointId, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
 use virtio_iommu::launch::memlock::{self, Demand, Grant};
 use virtio_iommu::launch::operate::Operation;
 use virtio_iommu::launch::output::{OutputError, put, say};
-use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, qemu, show};
+use virtio_iommu::launch::qemu::{self, MOST_PORTS};
+use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
 use virtio_iommu::reserved::facts::FactsFile;
@@ -141,17 +142,16 @@ enum Command {
     },
 }
 
-// QEMU puts its display, its network cards and whatever has no `addr=` into the first free slots of bus 0, from 00:01.0 on, the
-// display and the cards before any `-device`. So what has an address here is not among the first.
+/// Where the guest has the virtio-iommu, if nobody says: not where QEMU puts what has no address.
 const IOMMU_PLACE: &str = "00:1e.0";
-const FIRST_DEVICE_SLOT: usize = 8;
 
 #[derive(Debug, Args)]
 struct RunArguments {
     /// Addresses of the devices on the host. With --hotplug there need be none.
     #[arg(required_unless_present = "hotplug", value_name = "BDF")]
     devices: Vec<PciAddress>,
-    /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on.
+    /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on, but for the places of the
+    /// IOMMU and of ports.
     #[arg(long, value_name = "BDF,...", value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// Where the guest is to have the virtio-iommu.
@@ -164,11 +164,9 @@ struct RunArguments {
     /// `$XDG_RUNTIME_DIR` or /tmp. One that is there must belong to the user, who alone can write to it.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most 8. The daemon then has a control
-    /// socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: 00:10.0
-    /// and on, and no other bridges before them.
+    // What `--help` says of it has a number in it.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_value_t = 0, default_missing_value = "4",
-        value_parser = clap::value_parser!(u8).range(0..=8))]
+        value_parser = clap::value_parser!(u8).range(0..=MOST_PORTS.into()), help = hotplug_help())]
     hotplug: u8,
     /// Do nothing, and print the lines that a shell could run instead.
     #[arg(long)]
@@ -179,6 +177,14 @@ struct RunArguments {
     /// QEMU and its arguments. `@IOMMU@` marks where to add to them; by default at the end.
     #[arg(last = true, required = true, value_name = "QEMU ARGUMENTS")]
     qemu: Vec<String>,
+}
+
+fn hotplug_help() -> String {
+    format!(
+        "How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most {MOST_PORTS}. The daemon then has \
+         a control socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: \
+         00:10.0 and on, and no other bridges before them"
+    )
 }
 
 /// What went wrong, and the exit code for it: 1 run time, 2 usage, 3 host.
@@ -241,9 +247,14 @@ impl RunArguments {
     fn launch(self) -> Result<Launch, Failure> {
         let mut guest = self.guest;
         if guest.is_empty() {
-            let slots = (FIRST_DEVICE_SLOT..).take(self.devices.len()).map(|slot| format!("00:{slot:02x}.0"));
-            let addresses: Result<_, ParsePciAddressError> = slots.map(|text| text.parse()).collect();
-            guest = addresses.map_err(|error| Failure(2, error.into()))?;
+            guest = qemu::free_places(self.iommu, self.hotplug).take(self.devices.len()).collect();
+            if guest.len() < self.devices.len() {
+                let (room, asked) = (guest.len(), self.devices.len());
+                let text = format!(
+                    "there is room for {room} devices on the guest's bus 0, not for {asked}: choose places with --guest"
+                );
+                return Err(Failure(2, text.into()));
+            }
         }
         let mut distinct = self.devices.clone();
         distinct.sort_unstable();
@@ -366,10 +377,30 @@ mod tests {
         let given = Arguments::parse_from(["viommuctl", "run", "02:00.0", "03:00.0", "--", "qemu", "-m", "1G"]);
         let Command::Run(run) = given.command else { panic!("it is `run`") };
         let Ok(launch) = run.launch() else { panic!("nothing is wrong with it") };
-        let guest: Vec<String> = launch.devices.iter().map(|device| device.guest.to_string()).collect();
+        assert_eq!((launch.iommu.to_string().as_str(), guests(&launch)), ("0000:00:1e.0", vec![8, 9]));
+    }
+
+    /// In which slots the guest has the devices.
+    fn guests(launch: &Launch) -> Vec<u8> {
+        launch.devices.iter().map(|device| device.guest.device()).collect()
+    }
+
+    #[test]
+    fn many_devices_keep_off_the_ports_while_there_is_room() {
+        let run = |count: usize| {
+            let devices = (0..count).map(|bus| format!("{:02x}:00.0", bus + 1));
+            let words = ["viommuctl", "run", "--hotplug=2"].map(ToOwned::to_owned).into_iter().chain(devices);
+            let words = words.chain(["--", "qemu"].map(ToOwned::to_owned));
+            let Command::Run(run) = Arguments::parse_from(words).command else { panic!("it is `run`") };
+            run.launch()
+        };
+        let Ok(launch) = run(9) else { panic!("there is room") };
+        assert_eq!(guests(&launch), [0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x0e, 0x0f, 0x12]);
+        assert!(run(20).is_ok());
+        let Err(Failure(2, error)) = run(21) else { panic!("there is no room") };
         assert_eq!(
-            (launch.iommu.to_string().as_str(), guest),
-            ("0000:00:1e.0", vec!["0000:00:08.0".to_owned(), "0000:00:09.0".to_owned()])
+            error.to_string(),
+            "there is room for 20 devices on the guest's bus 0, not for 21: choose places with --guest"
         );
     }
 }

@@ -82,7 +82,7 @@ fn list(endpoints: &[EndpointId]) -> String {
 }
 
 /// Whether two functions are of one slot.
-fn share_slot(one: PciAddress, other: PciAddress) -> bool {
+pub(super) fn share_slot(one: PciAddress, other: PciAddress) -> bool {
     (one.segment(), one.bus(), one.device()) == (other.segment(), other.bus(), other.device())
 }
 

@@ -163,7 +163,7 @@ impl Launch {
         Ok(Commands { daemon, qemu: qemu::command(&self.qemu, &parts)? })
     }
 
-    /// The guest's table, which also makes sure that no place is taken twice.
+    /// The guest's table, which also makes sure that no place is taken twice. Of the ports' places QEMU's command line makes sure.
     fn viot(&self) -> Result<Vec<u8>, LaunchError> {
         let mut functions: Vec<PciFunctions> =
             self.devices.iter().map(|device| PciFunctions::from(device.guest)).collect();
@@ -256,7 +256,8 @@ impl Launch {
     }
 
     fn try_start(&self, sysfs: &Sysfs) -> Result<std::convert::Infallible, LaunchError> {
-        // What is wrong with the arguments is said before anything is touched.
+        // What is wrong with the arguments is said before a file is made or opened. (Whether the host is ready was looked at
+        // before, for which idle devices are attached for a moment.)
         self.commands(0, &vec![0; self.devices.len()])?;
         let table = self.viot()?;
         let facts = self.gather_facts()?;
