@@ -257,10 +257,10 @@ fn check_driver(host: &Host, device: PciAddress) -> Finding {
     let remedy = |is_bound| how_to_bind(host, device, is_bound);
     let sysfs = Sysfs::new(&host.sysfs);
     match sysfs.driver(device) {
-        Ok(Some(driver)) if driver == "vfio-pci" => match sysfs.vfio_node(device) {
-            Ok(Some(node)) => Finding::ok(format!("bound to vfio-pci, as /dev/vfio/devices/{node}")),
+        Ok(Some(driver)) if sysfs.is_vfio(device).is_ok_and(|is_vfio| is_vfio) => match sysfs.vfio_node(device) {
+            Ok(Some(node)) => Finding::ok(format!("bound to {driver}, as /dev/vfio/devices/{node}")),
             _ => Finding::no(
-                "bound to vfio-pci, without a VFIO device file",
+                format!("bound to {driver}, without a VFIO device file"),
                 "use a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later)",
             ),
         },
@@ -277,7 +277,7 @@ fn check_members(sysfs: &Sysfs, device: PciAddress, group: &IommuGroup, given: &
     let mut findings = Vec::new();
     for member in group.members.iter().filter(|member| **member != device && !given.contains(member)) {
         let Ok(Some(driver)) = sysfs.driver(*member) else { continue };
-        if driver.starts_with("vfio") {
+        if sysfs.is_vfio(*member).is_ok_and(|is_vfio| is_vfio) {
             findings.push(Finding::no(
                 format!("{member} is in the same group and bound to {driver}, but is not assigned"),
                 format!("assign {member} too, or unbind it"),
@@ -370,7 +370,10 @@ mod tests {
         }
         for (function, driver) in ["0000:01:00.0", "0000:01:00.1"].iter().zip(drivers) {
             let device = directory.path().join("bus/pci/devices").join(function);
-            fs::create_dir_all(device.join("vfio-dev/vfio7")).unwrap();
+            fs::create_dir_all(&device).unwrap();
+            if driver.contains("vfio") {
+                fs::create_dir_all(device.join("vfio-dev/vfio7")).unwrap();
+            }
             symlink("../../../../kernel/iommu_groups/12", device.join("iommu_group")).unwrap();
             if !driver.is_empty() {
                 symlink(Path::new("../../drivers").join(driver), device.join("driver")).unwrap();
@@ -406,12 +409,17 @@ mod tests {
             noes(["vfio-pci", "vfio-pci"], MSI, None, first),
             "0000:01:00.1 is in the same group and bound to vfio-pci",
         );
+        one(
+            noes(["mlx5_vfio_pci", "mlx5_vfio_pci"], MSI, None, first),
+            "0000:01:00.1 is in the same group and bound to mlx5_vfio_pci, but is not assigned",
+        );
         one(noes(["vfio-pci", "e1000e"], MSI, None, first), "in use by the host (e1000e)");
         one(noes(["vfio-pci", "pcieport"], "0x1000 0x1fff direct\n", None, first), "0x1000-0x1fff mapped to itself");
         one(noes(["vfio-pci", ""], MSI, Some("vfio-noiommu\n"), first), "is no IOMMU group");
         one(noes(["vfio-pci", ""], MSI, None, &["0000:02:00.0"]), "there is no PCI device 0000:02:00.0");
         // Whatever else is well, this machine has no such device to attach.
-        one(noes(["vfio-pci", "vfio-pci"], MSI, None, both), "cannot be attached");
+        one(noes(["vfio-pci", "mlx5_vfio_pci"], MSI, None, both), "cannot be attached");
+        one(noes(["mlx5_vfio_pci", ""], MSI, None, first), "cannot be attached");
         one(noes(["vfio-pci", "pcieport"], MSI, Some("other\n"), first), "cannot be attached");
     }
 

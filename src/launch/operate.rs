@@ -455,12 +455,7 @@ impl AddArguments {
             );
             return Err(OperateError::Usage(text));
         }
-        let mut vfio_members = Vec::new();
-        for member in &first.members {
-            if sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio")) {
-                vfio_members.push(Text(*member));
-            }
-        }
+        let vfio_members = sysfs.vfio_members(first)?.into_iter().map(Text).collect();
         Ok((Addition { group: first.number, vfio_members, devices }, nodes))
     }
 }

@@ -358,12 +358,9 @@ fn check_distinct(endpoints: impl Iterator<Item = (EndpointId, PciAddress)>) -> 
 /// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.
 fn check_groups(sysfs: &Sysfs, assigned: &[Assigned]) -> Result<(), SetupError> {
     for group in assigned.iter().map(|assigned| &assigned.group) {
-        for member in &group.members {
-            let is_endpoint = assigned.iter().any(|assigned| assigned.host == *member);
-            let is_vfio = sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio"));
-            if is_vfio && !is_endpoint {
-                return Err(SetupError::GroupIncomplete { group: group.number, missing: *member });
-            }
+        let is_endpoint = |member: &PciAddress| assigned.iter().any(|assigned| assigned.host == *member);
+        if let Some(missing) = sysfs.vfio_members(group)?.into_iter().find(|member| !is_endpoint(member)) {
+            return Err(SetupError::GroupIncomplete { group: group.number, missing });
         }
     }
     Ok(())
