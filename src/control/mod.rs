@@ -14,6 +14,7 @@ mod counters;
 mod faults;
 mod files;
 mod level;
+pub(crate) mod lines;
 mod listener;
 pub(crate) mod passing;
 pub mod protocol;

@@ -7,7 +7,6 @@ mod directory;
 #[cfg(test)]
 mod fake_monitor;
 pub mod inspect;
-mod lines;
 pub mod memlock;
 pub mod operate;
 pub mod output;

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::lines::Lines;
 use super::output::say;
+use crate::control::lines::Lines;
 use crate::control::passing::send;
 use crate::id::PciAddress;
 
@@ -153,8 +153,9 @@ impl Qmp {
             Ok(stream)
         });
         let stream = stream.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
-        let mut qmp =
-            Self { lines: Lines::new(stream), patience, is_out_of_step: false, deleted: Vec::new(), kept: Vec::new() };
+        // More than it needs for all PCI devices of a guest.
+        let lines = Lines::new(stream, 1 << 20);
+        let mut qmp = Self { lines, patience, is_out_of_step: false, deleted: Vec::new(), kept: Vec::new() };
         // The greeting.
         qmp.next(Instant::now() + patience.answer)?;
         qmp.execute("qmp_capabilities", &json!({}), &[])?;

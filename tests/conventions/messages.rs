@@ -23,7 +23,8 @@ const PRINTS: [&str; 8] = [
 ];
 
 /// Errors whose messages come with exit code 1, 3, 4 or 5; a name that ends with / is a directory.
-const ERRORS: [&str; 15] = [
+const ERRORS: [&str; 16] = [
+    "control/client.rs",
     "control/listener.rs",
     "launch/inspect.rs",
     "launch/operate.rs",
