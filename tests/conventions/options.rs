@@ -180,10 +180,13 @@ fn a_check_looks_at_the_files_and_the_host_of_endpoints() {
     // The host has the device's node, but where the daemon runs there is another's only.
     let endpoint = "--endpoint=id=00:03.0,cdev-fd=4,host=01:00.0";
     for options in [&["--check"][..], &[]] {
-        let start = Start::with(&[&[endpoint], options].concat()).option("socket-path", &place.socket);
-        let Ended { code, out, err } = host.daemon(start.environment("NODE", "vfio1"));
-        assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
-        assert!(err.contains("/dev/vfio/devices/vfio0 is not the device's where this process runs"), "{err}");
+        // Or it is another device's, or none.
+        for other in [("NODE", "vfio1"), ("OF", "/dev/full"), ("OF", "/etc/passwd")] {
+            let start = Start::with(&[&[endpoint], options].concat()).option("socket-path", &place.socket);
+            let Ended { code, out, err } = host.daemon(start.environment(other.0, other.1));
+            assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
+            assert!(err.contains("/dev/vfio/devices/vfio0 is not the device's where this process runs"), "{err}");
+        }
     }
     assert!(!place.socket.exists());
 }
