@@ -20,6 +20,7 @@ use rustix::io::Errno;
 
 use super::backend::IommuBackend;
 use super::metrics::encode;
+use crate::paths::directory_of;
 use crate::sandbox::{Sandbox, StartError, ThreadKind};
 
 /// Metrics cannot be written.
@@ -57,10 +58,7 @@ impl MetricsFile {
     /// [`MetricsError`]
     pub fn open(path: &Path) -> Result<Self, MetricsError> {
         let name = path.file_name().ok_or_else(|| MetricsError::Name(path.to_owned()))?.to_owned();
-        let parent = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
+        let parent = directory_of(path);
         let failed = |errno: Errno| MetricsError::Directory(parent.to_owned(), errno.into());
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = openat(CWD, parent, flags, Mode::empty()).map_err(failed)?;
