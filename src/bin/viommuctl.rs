@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use virtio_iommu::causes::with_causes;
+use virtio_iommu::device::Settings;
 use virtio_iommu::id::{EndpointId, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
@@ -119,10 +120,10 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 1)]
         devices: u64,
         /// What the daemon is given as --max-mappings.
-        #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+        #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS as u64)]
         max_mappings: u64,
         /// What the daemon is given as --max-mappings-in-all.
-        #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+        #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS_IN_ALL as u64)]
         max_mappings_in_all: u64,
         /// Print JSON.
         #[arg(long)]
