@@ -173,7 +173,7 @@ impl Sysfs {
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub(super) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
+    pub(crate) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
         Ok(iommu::driver(&self.device(address)?))
     }
 
