@@ -5,6 +5,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::protocol::{Address, Fault, FaultReason, Faults};
+use crate::access::Access;
 use crate::device::{self, RecordedFault, VirtioIommu};
 use crate::reserved::facts::Text;
 use crate::vhost_user::IommuBackend;
@@ -43,6 +44,21 @@ impl FaultLog {
     }
 }
 
+impl From<&Fault> for device::Fault {
+    fn from(fault: &Fault) -> Self {
+        Self {
+            reason: match fault.reason {
+                FaultReason::Domain => device::FaultReason::Domain,
+                FaultReason::Mapping => device::FaultReason::Mapping,
+                FaultReason::Unknown => device::FaultReason::Unknown,
+            },
+            endpoint: fault.endpoint.0,
+            address: fault.address.map(|address| address.0.0),
+            access: Access { read: fault.read, write: fault.write },
+        }
+    }
+}
+
 fn fault(recorded: &RecordedFault, time: u64) -> Fault {
     let device::Fault { reason, endpoint, address, access } = recorded.fault;
     Fault {
@@ -57,5 +73,25 @@ fn fault(recorded: &RecordedFault, time: u64) -> Fault {
         address: address.map(|address| Text(Address(address))),
         read: access.read,
         write: access.write,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::EndpointId;
+
+    #[test]
+    fn what_is_told_of_a_fault_is_the_fault() {
+        for reason in [device::FaultReason::Domain, device::FaultReason::Mapping, device::FaultReason::Unknown] {
+            for (address, access) in
+                [(None, Access::NONE), (Some(0x5000), Access::READ), (Some(u64::MAX), Access::WRITE)]
+            {
+                let own = device::Fault { reason, endpoint: EndpointId(8), address, access };
+                let told = fault(&RecordedFault { number: 3, fault: own }, 7);
+                assert_eq!((told.number, told.time), (3, 7));
+                assert_eq!(device::Fault::from(&told), own);
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::counters::{Bucket, Count, Durations, Stats, Times};
 pub use super::level::Level;
+use crate::access::Access;
 use crate::id::{EndpointId, PciAddress};
 use crate::range::{ParseRangeError, parse_address};
 use crate::reserved::facts::{Facts, Text};
@@ -253,6 +254,13 @@ pub struct Mapping {
     pub read: bool,
     /// Whether it may be written.
     pub write: bool,
+}
+
+impl Mapping {
+    /// What an endpoint may do there.
+    pub const fn access(&self) -> Access {
+        Access { read: self.read, write: self.write }
+    }
 }
 
 /// Faults.

@@ -21,6 +21,7 @@ use super::show::table;
 use super::status;
 use crate::control::protocol::{Addition, Address, Device, Fault, FaultReason, Level, Mapping, Reply, Request};
 use crate::control::{Client, ClientError};
+use crate::device;
 use crate::fd::{AdoptError, FileKind, adopt};
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
@@ -292,20 +293,10 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
 }
 
 fn show_fault(fault: &Fault) -> String {
-    let Fault { number, time, endpoint, reason, address, read, write } = fault;
-    let address = address.map_or_else(String::new, |Text(address)| format!(" to {address}"));
-    let access = match (read, write) {
-        (true, true) => "read-write access",
-        (true, false) => "read",
-        (false, true) => "write",
-        (false, false) => "access",
-    };
-    let why = match reason {
-        FaultReason::Domain => "the endpoint is in no domain, or blocked",
-        FaultReason::Mapping => "nothing is mapped there, or not for this access",
-        FaultReason::Unknown => "for a reason of the host's, which the daemon's log says",
-    };
-    format!("{}.{:03} #{number} endpoint {}: {access}{address} refused: {why}\n", time / 1000, time % 1000, endpoint.0)
+    let Fault { number, time, reason, .. } = fault;
+    let more =
+        if *reason == FaultReason::Unknown { ", for a reason of the host's that the daemon's log says" } else { "" };
+    format!("{}.{:03} #{number} {}{more}\n", time / 1000, time % 1000, device::Fault::from(fault))
 }
 
 fn mappings(daemon: &Daemon, domain: u32, json: bool) -> Done {
@@ -327,14 +318,8 @@ fn mappings(daemon: &Daemon, domain: u32, json: bool) -> Done {
 }
 
 fn show_mapping(mapping: &Mapping) -> String {
-    let Mapping { start, end, physical, read, write } = mapping;
-    let access = match (read, write) {
-        (true, true) => "read-write",
-        (true, false) => "read-only",
-        (false, true) => "write-only",
-        (false, false) => "no access",
-    };
-    format!("{}-{} to {} {access}\n", start.0, end.0, physical.0)
+    let Mapping { start, end, physical, .. } = mapping;
+    format!("{}-{} to {} {}\n", start.0, end.0, physical.0, mapping.access())
 }
 
 fn told(daemon: &Daemon, json: bool) -> Done {
