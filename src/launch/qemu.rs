@@ -300,7 +300,7 @@ mod tests {
     fn places_are_free_of_the_iommu_and_of_ports() {
         let places = |iommu: &str, ports| -> Vec<u8> {
             let places = free_places(iommu.parse().unwrap(), ports);
-            places.map(|place| place.device()).collect()
+            places.map(PciAddress::device).collect()
         };
         assert_eq!(places("00:1e.0", 0), (0x08..0x1e).collect::<Vec<_>>());
         assert_eq!(places("00:09.0", 4), [0x08].into_iter().chain(0x0a..0x10).chain(0x14..0x1f).collect::<Vec<_>>());
