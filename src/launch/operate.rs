@@ -55,7 +55,8 @@ pub enum Operation {
     /// are given the same files. Without --qmp, whoever started this gives the file to the VMM, binds and plugs it after this has
     /// returned, and then says so (`bound`).
     Add(AddArguments),
-    /// Takes endpoints away. When this returns, the daemon has let their devices go.
+    /// Takes endpoints away. When this returns, they reach nothing any more, and the daemon has let their devices go; if its watcher
+    /// may hold a device still, that is said.
     ///
     /// With --qmp one after the other, each when QEMU has it no more: what was removed and what was not is said.
     Remove {
