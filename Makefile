@@ -35,7 +35,7 @@ install uninstall: export unitdir := $(unitdir)
 install uninstall:
 	@sh dist/install $@
 
-# What a registry would get: all there, and builds.
+# What a registry would get builds. It has no tests/hosts, copies of hosts' files that some tests read.
 package:
 	@$(CARGO) package --locked
 	@echo "package: OK"
@@ -65,6 +65,7 @@ check:
 	@$(CARGO) fmt --all --check
 	@$(CARGO) fmt --manifest-path fuzz/Cargo.toml --all --check
 	@$(CARGO) clippy --quiet --all-targets --all-features -- -D warnings
+	@$(CARGO) clippy --quiet --all-targets -- -D warnings
 	@$(CARGO) clippy --quiet --all-targets --no-default-features -- -D warnings
 	@$(CARGO) clippy --quiet --manifest-path fuzz/inputs/Cargo.toml --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --no-deps --all-features
@@ -111,11 +112,13 @@ bench-docs:
 felt:
 	@sh tests/hostvm/felt --poll-us=0 --poll-us=auto
 
-# Sequences of requests with a failure at each call of the kernel, for so many seconds.
+# Sequences of requests with a failure at each call of the kernel, and requests and translations at the same time, each for so many
+# seconds.
 soak: export SOAK_SECONDS = $(SECONDS)
 soak:
 	@$(CARGO) test --release --all-features --lib -- --ignored --nocapture generated::soak
 	@$(CARGO) test --release --all-features --lib -- --nocapture stress::nothing_is_touched
+	@$(CARGO) test --release --all-features --test concurrency -- --nocapture
 	@echo "soak: OK"
 
 TARGET ?= requests
@@ -125,9 +128,10 @@ SECONDS ?= 60
 fuzz:
 	@sh fuzz/run $(TARGET) $(SECONDS)
 
-# Every fuzz target from its seeds for a while, on the compiler that builds the crate, after all inputs that are kept.
+# Every fuzz target from its seeds and regressions for a while, on the compiler that builds the crate, after all inputs that are kept,
+# those of campaigns too.
 fuzz-smoke:
-	@echo "fuzz: seeds and regressions"
+	@echo "fuzz: inputs that are kept"
 	@$(CARGO) test --quiet --manifest-path fuzz/inputs/Cargo.toml
 	@sh fuzz/smoke $(if $(filter file,$(origin SECONDS)),10,$(SECONDS))
 

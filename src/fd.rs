@@ -16,13 +16,16 @@ pub(crate) use passed::{Adopted, PassedSocket, adopt, adopt_listener, adopt_sock
 ///
 /// # Errors
 ///
-/// There are too many open files, or the number is none of a file.
+/// There are too many open files, or the number is negative, as of a file that was never opened.
 #[cfg(feature = "vhost")]
 pub(crate) fn duplicate(file: &impl std::os::fd::AsRawFd) -> std::io::Result<std::os::fd::OwnedFd> {
-    // SAFETY: whoever lends `file` keeps it open until this returns. A number that is no open file is what fcntl refuses, and one
-    // that is another's is used for nothing but the new descriptor, which is ours alone.
+    let number = file.as_raw_fd();
+    if number < 0 {
+        return Err(rustix::io::Errno::BADF.into());
+    }
+    // SAFETY: the number is not -1, and whatever has it keeps its file open: it is lent to this function until that returns.
     #[allow(unsafe_code)]
-    let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(file.as_raw_fd()) };
+    let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
     Ok(rustix::io::fcntl_dupfd_cloexec(file, 0)?)
 }
 

@@ -52,7 +52,7 @@
 //! |---|---|---|
 //! | [`spec`] | the wire: constants and layouts | |
 //! | [`request`] | bytes to requests, with the rules that need no state (reserved fields, flags); replies to bytes | |
-//! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | |
+//! | [`device`] | what each request does: `attach.rs` and `map.rs` have the rules of those requests, `mod.rs` PROBE, features, configuration and reset, `group.rs` where the host's groups are in consequence | `serde` for saved states |
 //! | [`range`], [`id`], [`access`], [`causes`] | ranges of addresses, names of things, permissions, errors as text | |
 //! | [`reserved`] | what a guest must not map, and why | |
 //! | [`host`] | the host's page tables: the seam, none at all, iommufd, VFIO type1, vhost-vdpa, and a model for tests | `iommufd`, `type1`, `vhost`, `test-utils` |

@@ -148,7 +148,7 @@ impl MappingTable {
     }
 
     /// The last mapping that starts at this address or before.
-    pub fn last_from(&self, address: u64) -> Option<Mapping> {
+    pub fn last_up_to(&self, address: u64) -> Option<Mapping> {
         let Place { leaf, behind } = self.place_behind(address);
         match behind.checked_sub(1) {
             Some(last) => self.leaves.get(leaf)?.leaf.get(last),
@@ -158,13 +158,13 @@ impl MappingTable {
 
     /// The mapping that an address is in.
     pub fn at(&self, address: u64) -> Option<Mapping> {
-        self.last_from(address).filter(|mapping| address <= mapping.iova.last())
+        self.last_up_to(address).filter(|mapping| address <= mapping.iova.last())
     }
 
     /// A mapping that has an address of `iova` in it: the last one.
     pub fn overlapping(&self, iova: IovaRange) -> Option<Mapping> {
         // Mappings are disjoint: of those that start before the range ends, the last one reaches furthest.
-        self.last_from(iova.last()).filter(|before| before.iova.overlaps(iova))
+        self.last_up_to(iova.last()).filter(|before| before.iova.overlaps(iova))
     }
 
     /// The first of these ranges that a mapping reaches into.

@@ -83,7 +83,7 @@ impl Requests {
     ///
     /// # Errors
     ///
-    /// [`QueueError`]: the queue cannot be used further. What was taken before has been answered.
+    /// [`QueueError`]: the queue cannot be used further. What was taken before has been done; the driver may not have the last answer.
     pub fn process<Q: QueueT, M: GuestMemory>(
         &mut self,
         device: &mut VirtioIommu,

@@ -271,6 +271,7 @@ fn attach_status(kind: HostErrorKind) -> Status {
         HostErrorKind::AlreadyMapped
         | HostErrorKind::BadAddress
         | HostErrorKind::NotBound
+        | HostErrorKind::Misuse
         | HostErrorKind::Busy
         | HostErrorKind::Other => Status::DeviceError,
     }

@@ -345,6 +345,7 @@ fn map_status(kind: HostErrorKind) -> Status {
         HostErrorKind::Unsupported => Status::Unsupported,
         HostErrorKind::ReservedConflict
         | HostErrorKind::NotBound
+        | HostErrorKind::Misuse
         | HostErrorKind::Incompatible
         | HostErrorKind::Busy
         | HostErrorKind::Gone

@@ -49,7 +49,7 @@ pub use notice::Notice;
 pub use settings::{Settings, SetupError};
 pub use state::{DeviceState, DomainState, FaultState, MappingState, RestoreError};
 pub use statistics::{Count, Statistics};
-pub use status::{DomainStatus, EndpointStatus, MappedRange, Translation};
+pub use status::{DomainStatus, EndpointStatus, GroupCounts, MappedRange, Translation};
 pub use trace::Exchange;
 
 /// What is offered always.
@@ -315,7 +315,9 @@ impl VirtioIommu {
         let mut statistics = self.statistics;
         let by_hosts =
             self.groups.iter().filter_map(|group| group.host.refused_accesses()).map(RefusedAccesses::dropped);
-        statistics.faults_dropped = by_hosts.fold(self.faults.dropped(), u64::saturating_add);
+        // What is counted here was dropped by groups that are gone.
+        let of_own = self.faults.dropped().saturating_add(self.statistics.faults_dropped);
+        statistics.faults_dropped = by_hosts.fold(of_own, u64::saturating_add);
         statistics.notices_dropped = self.notices.dropped();
         statistics
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::group::Group;
 use super::{SetupError, VirtioIommu, place_endpoints};
 use crate::host::HostGroup;
+use crate::host::refused::RefusedAccesses;
 use crate::id::EndpointId;
 use crate::reserved::EndpointView;
 
@@ -76,7 +77,9 @@ impl VirtioIommu {
     }
 
     fn remove_group(&mut self, index: usize) {
-        self.groups.remove(index);
+        let group = self.groups.remove(index);
+        let dropped = group.host.refused_accesses().map_or(0, RefusedAccesses::dropped);
+        self.statistics.faults_dropped = self.statistics.faults_dropped.saturating_add(dropped);
         for endpoint in self.endpoints.values_mut().filter(|endpoint| endpoint.group > index) {
             endpoint.group -= 1;
         }

@@ -111,7 +111,7 @@ pub enum RestoreError {
     #[error("endpoint {0} is in more than one domain")]
     EndpointTwice(EndpointId),
     /// An endpoint cannot be in its domain.
-    #[error("endpoint {endpoint} cannot be in domain {domain}: {status:?}")]
+    #[error("endpoint {endpoint} cannot be in domain {domain}: {status}")]
     Endpoint {
         /// The endpoint.
         endpoint: EndpointId,
@@ -121,7 +121,7 @@ pub enum RestoreError {
         status: Status,
     },
     /// A mapping cannot be in its domain.
-    #[error("domain {domain} cannot map {first:#x} to {last:#x}: {status:?}")]
+    #[error("domain {domain} cannot map {first:#x} to {last:#x}: {status}")]
     Mapping {
         /// The domain.
         domain: DomainId,
@@ -158,7 +158,7 @@ impl VirtioIommu {
     /// # Errors
     ///
     /// [`RestoreError`]. If it is the state's own fault, no host was asked for anything. If a host refuses, the device is as after a
-    /// reset.
+    /// reset, and `bypass` is what it was before.
     pub fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         if state.version != DeviceState::VERSION {
             return Err(RestoreError::Version(state.version));
@@ -167,7 +167,11 @@ impl VirtioIommu {
             return Err(RestoreError::InUse);
         }
         self.without_host().take_on(state)?;
-        self.take_on(state).inspect_err(|_| self.reset())
+        let bypass = self.bypass;
+        self.take_on(state).inspect_err(|_| {
+            self.bypass = bypass;
+            self.reset();
+        })
     }
 
     /// The same device, as it is made, without any host.

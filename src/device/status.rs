@@ -63,6 +63,15 @@ pub struct MappedRange {
     pub access: Access,
 }
 
+/// Host groups, counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupCounts {
+    /// All that have an endpoint.
+    pub groups: usize,
+    /// Those of which all DMA is refused.
+    pub blocked: usize,
+}
+
 impl VirtioIommu {
     /// What the device offers and may use.
     pub const fn settings(&self) -> &Settings {
@@ -78,7 +87,7 @@ impl VirtioIommu {
     pub fn endpoints(&self) -> impl Iterator<Item = EndpointStatus> {
         self.endpoints.iter().map(|(id, endpoint)| {
             let group = self.group(endpoint.group);
-            let is_sibling = |member: &&EndpointId| *member != id && self.endpoints.contains_key(member);
+            let is_sibling = |member: &&EndpointId| *member != id;
             let mut siblings: Vec<_> = group.members().iter().filter(is_sibling).copied().collect();
             siblings.sort_unstable();
             let translation = match &group.table {
@@ -98,14 +107,15 @@ impl VirtioIommu {
 
     /// An endpoint with which the guest cannot go on on another host ([`HostGroup::can_migrate`](crate::host::HostGroup::can_migrate)),
     /// if there is one.
-    pub fn bound_to_host(&self) -> Option<EndpointId> {
-        let mut bound = self.groups.iter().filter(|group| !group.host.can_migrate());
-        bound.find_map(|group| group.members().first().copied())
+    pub fn unmigratable_endpoint(&self) -> Option<EndpointId> {
+        let mut unmigratable = self.groups.iter().filter(|group| !group.host.can_migrate());
+        unmigratable.find_map(|group| group.members().first().copied())
     }
 
-    /// How many host groups there are, and of how many all DMA is refused.
-    pub fn groups(&self) -> (usize, usize) {
-        (self.groups.len(), self.groups.iter().filter(|group| group.is_blocked()).count())
+    /// How many host groups there are.
+    pub fn group_counts(&self) -> GroupCounts {
+        let blocked = self.groups.iter().filter(|group| group.is_blocked()).count();
+        GroupCounts { groups: self.groups.len(), blocked }
     }
 
     /// Every domain, ascending.

@@ -161,8 +161,22 @@ pub enum HostErrorKind {
     Busy,
     /// The device is gone.
     Gone,
+    /// What the program around the device asked for cannot be: a mistake in it.
+    Misuse,
     /// Anything else.
     Other,
+}
+
+/// Members of a group, to be named in a message by the first of them.
+pub(crate) struct Members<'m>(pub &'m [EndpointId]);
+
+impl fmt::Display for Members<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.first() {
+            Some(member) => write!(f, "the group of endpoint {member}"),
+            None => f.write_str("a group without endpoints"),
+        }
+    }
 }
 
 /// A host that said no: which call, to what, why.
@@ -200,6 +214,7 @@ impl HostErrorKind {
             Self::Unsupported => "the host would allow more than was asked for",
             Self::Busy => "the device is being reset, and was not done in time: the guest may try again",
             Self::Gone => "the device is gone: take it out of the guest",
+            Self::Misuse => "this cannot be asked for, which is a mistake of the program",
             Self::Other => "the host refused",
         }
     }

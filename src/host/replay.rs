@@ -12,7 +12,9 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::pieces::map_pieces;
-use super::{AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError};
+use super::{
+    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, Members,
+};
 use crate::access::Access;
 use crate::causes::with_causes;
 use crate::id::EndpointId;
@@ -128,18 +130,21 @@ impl<M: DmaMapper> Space<M> {
             HostError::new(HostErrorKind::Other, action, None)
         }))
     }
-
-    /// Unmaps everything for a group that is to have no table. This cannot fail: a host that goes on refusing has a fault that
-    /// nothing is left to do about, and no other table is attached while it has.
-    fn clear_or_say(&self) {
-        if let Err(error) = self.clear() {
-            log::error!("the host keeps what is mapped: {}", with_causes(&error));
-        }
-    }
 }
 
 fn lock(mappings: &Mappings) -> MutexGuard<'_, BTreeMap<u64, Entry>> {
     mappings.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<M: DmaMapper> ReplayGroup<M> {
+    /// Unmaps everything for a group that is to have no table. This cannot fail: a host that goes on refusing has a fault that
+    /// nothing is left to do about, and no other table is attached while it has.
+    fn clear_or_say(&self) {
+        if let Err(error) = self.space.clear() {
+            let group = Members(&self.members);
+            log::error!("the host keeps what is mapped for {group}: {}", with_causes(&error));
+        }
+    }
 }
 
 impl<M: DmaMapper + 'static> HostGroup for ReplayGroup<M> {
@@ -179,7 +184,7 @@ impl<M: DmaMapper + 'static> HostGroup for ReplayGroup<M> {
             *live = Some(previous);
             return Err(AttachError { error, after: AfterFailure::PreviousTable });
         }
-        self.space.clear_or_say();
+        self.clear_or_say();
         Err(AttachError { error, after: AfterFailure::Blocked })
     }
 
@@ -189,7 +194,7 @@ impl<M: DmaMapper + 'static> HostGroup for ReplayGroup<M> {
 
     fn block(&self) {
         let mut live = self.space.live();
-        self.space.clear_or_say();
+        self.clear_or_say();
         *live = None;
     }
 }

@@ -196,13 +196,13 @@ impl VfioGroup {
             .map_err(|errno| failed(errno, "VFIO_GROUP_GET_STATUS", HostErrorKind::Other))?;
         if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
             let error = io::Error::other("a device of the group is bound to a driver of the host");
-            return Err(HostError::new(HostErrorKind::Incompatible, action, Some(error)));
+            return Err(HostError::new(HostErrorKind::Other, action, Some(error)));
         }
         let container = container.api.number();
         // SAFETY: the code takes a pointer to the number of a file, which is read and nothing else.
         let setter = unsafe { Setter::<GROUP_SET_CONTAINER, _>::new(container) };
         // SAFETY: the file is a group.
-        unsafe { ioctl(self.file.as_fd(), setter) }.map_err(|errno| failed(errno, action, HostErrorKind::Incompatible))
+        unsafe { ioctl(self.file.as_fd(), setter) }.map_err(|errno| failed(errno, action, HostErrorKind::Other))
     }
 
     /// The file of one of the group's devices, by its address: to drive the device by. The group must be in a container with a
@@ -214,10 +214,10 @@ impl VfioGroup {
     pub fn device(&self, address: &str) -> Result<OwnedFd, HostError> {
         let action = || format!("VFIO_GROUP_GET_DEVICE_FD of {address}");
         let name = CString::new(address)
-            .map_err(|error| HostError::new(HostErrorKind::Gone, action(), Some(io::Error::other(error))))?;
+            .map_err(|error| HostError::new(HostErrorKind::Other, action(), Some(io::Error::other(error))))?;
         // SAFETY: the file is a group.
         unsafe { ioctl(self.file.as_fd(), GetDeviceFile(&name)) }
-            .map_err(|errno| failed(errno, action(), HostErrorKind::Gone))
+            .map_err(|errno| failed(errno, action(), HostErrorKind::Other))
     }
 }
 

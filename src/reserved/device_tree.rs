@@ -41,6 +41,12 @@ pub enum DeviceTreeError {
         /// What it should be.
         expected: String,
     },
+    /// A node is further below the root than any is.
+    #[error("{} is more than {} levels below the root of its device tree", .node.display(), DEEPEST)]
+    TooDeep {
+        /// The node.
+        node: PathBuf,
+    },
     /// Something in a property passes the end of an address space.
     #[error("{}, entry {entry}: {size:#x} bytes from {start:#x} on pass the end of the address space", .path.display())]
     Wraps {
@@ -90,11 +96,14 @@ pub(super) fn read(node: &Path) -> Result<BridgeNode, DeviceTreeError> {
 /// [`DeviceTreeError`]
 #[doc(hidden)]
 pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceTreeError> {
-    let is_memory = |entry: &Entry| matches!(entry.space >> 24 & 3, 2 | 3);
-    let mut windows = Vec::new();
-    for entry in entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory) {
-        windows.push(BridgeWindow { bus: entry.below, cpu: to_cpu(node.parent(), entry.above, read)? });
+    if node.ancestors().take_while(|node| !is_root(node)).nth(DEEPEST).is_some() {
+        return Err(DeviceTreeError::TooDeep { node: node.to_owned() });
     }
+    let is_memory = |entry: &Entry| matches!(entry.space >> 24 & 3, 2 | 3);
+    let shown: Vec<Entry> = entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory).collect();
+    let buses = if shown.is_empty() { Vec::new() } else { buses_above(node, read)? };
+    let window = |entry: &Entry| BridgeWindow { bus: entry.below, cpu: to_cpu(&buses, entry.above) };
+    let windows = shown.iter().map(window).collect();
     let inbound = entries(node, "dma-ranges", PCI_CELLS, read)?;
     // Linux takes an empty property for no restriction (devm_of_pci_get_host_bridge_resources()).
     let inbound = inbound.filter(|entries| !entries.is_empty());
@@ -102,22 +111,27 @@ pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceT
     Ok(BridgeNode { windows, inbound })
 }
 
-/// Follows an address through the buses between a node and the CPU; `None` where one of them does not lead on.
-fn to_cpu(
-    bus: Option<&Path>,
-    address: IovaRange,
-    read: &ReadProperty<'_>,
-) -> Result<Option<IovaRange>, DeviceTreeError> {
-    let Some(bus) = bus.filter(|bus| !is_root(bus)) else {
-        return Ok(Some(address));
-    };
-    let cells = (cells(bus, "#address-cells", read)?, cells(bus, "#size-cells", read)?);
-    let above = match entries(bus, "ranges", cells, read)? {
-        None => return Ok(None),
-        Some(entries) if entries.is_empty() => Some(address),
-        Some(entries) => entries.into_iter().find_map(|entry| entry.translate(address)),
-    };
-    above.map_or(Ok(None), |above| to_cpu(bus.parent(), above, read))
+/// What the buses between a node and the root make of addresses, from the lowest bus on, up to one that does not lead on.
+fn buses_above(node: &Path, read: &ReadProperty<'_>) -> Result<Vec<Option<Vec<Entry>>>, DeviceTreeError> {
+    let mut buses = Vec::new();
+    for bus in node.ancestors().skip(1).take_while(|bus| !is_root(bus)) {
+        let cells = (cells(bus, "#address-cells", read)?, cells(bus, "#size-cells", read)?);
+        let entries = entries(bus, "ranges", cells, read)?;
+        let leads_on = entries.is_some();
+        buses.push(entries);
+        if !leads_on {
+            break;
+        }
+    }
+    Ok(buses)
+}
+
+/// Follows an address through buses to the CPU; `None` where one of them does not lead on.
+fn to_cpu(buses: &[Option<Vec<Entry>>], address: IovaRange) -> Option<IovaRange> {
+    buses.iter().try_fold(address, |address, entries| match entries.as_deref()? {
+        [] => Some(address),
+        entries => entries.iter().find_map(|entry| entry.translate(address)),
+    })
 }
 
 impl Entry {
@@ -175,7 +189,7 @@ fn number(cells: &[u32]) -> u64 {
 /// How many cells an address or a size has on the bus below a node: the node says, or one above it, or it is one
 /// (`of_n_addr_cells()` of Linux).
 fn cells(node: &Path, name: &str, read: &ReadProperty<'_>) -> Result<usize, DeviceTreeError> {
-    for node in node.ancestors().take(DEEPEST) {
+    for node in node.ancestors() {
         let path = node.join(name);
         if let Some(words) = property(&path, read)? {
             return match words[..] {
@@ -325,12 +339,50 @@ mod tests {
         let tree = Tree::new();
         fs::write(tree.node().join("dma-ranges"), [0; 5]).unwrap();
         assert!(read(&tree.node()).unwrap_err().to_string().contains("dma-ranges has 5 bytes"));
-        tree.put_pci("dma-ranges", &vec![0; LARGEST_PROPERTY / 4 + 7]);
-        assert!(read(&tree.node()).is_err(), "too large");
+        // As many cells as a property may have are no number of entries; three more are.
+        tree.put_pci("dma-ranges", &vec![0; LARGEST_PROPERTY / 4]);
+        assert!(read(&tree.node()).unwrap_err().to_string().ends_with("a number of entries of 7 cells"));
+        tree.put_pci("dma-ranges", &vec![0; LARGEST_PROPERTY / 4 + 3]);
+        assert!(read(&tree.node()).unwrap_err().to_string().ends_with("a list of cells of 4 bytes"), "too large");
         tree.put_pci("dma-ranges", &[0; 7]);
-        tree.put("soc/#address-cells", &[5]);
-        assert!(read(&tree.node()).unwrap_err().to_string().contains("one cell up to 4"));
+        for cells in [&[5][..], &[1, 1]] {
+            tree.put("soc/#address-cells", cells);
+            let length = cells.len() * 4;
+            let expected = format!("has {length} bytes, which is not one cell up to 4");
+            assert!(read(&tree.node()).unwrap_err().to_string().ends_with(&expected), "{expected}");
+        }
         fs::create_dir(tree.node().join("ranges")).unwrap();
         assert!(matches!(read(&tree.node()), Err(DeviceTreeError::Read { .. })));
+    }
+
+    /// However many windows a bridge has, what is above it is read once; and not from any depth.
+    #[test]
+    fn a_large_tree_takes_no_more_reading_than_its_levels() {
+        use std::cell::Cell;
+        let reads = |levels: usize, windows: u32| {
+            let reads = Cell::new(0);
+            let read = |path: &Path| {
+                reads.set(reads.get() + 1);
+                let name = path.file_name().unwrap().to_str().unwrap();
+                let window = |at: u32| [MEM32, 0, at << 12, at << 12, 0, 0x1000];
+                let cells: Vec<u32> = match name {
+                    "#address-cells" | "#size-cells" => vec![1],
+                    "ranges" if path.parent().unwrap().ends_with("pcie") => (0..windows).flat_map(window).collect(),
+                    "ranges" => Vec::new(),
+                    _ => return Err(io::ErrorKind::NotFound.into()),
+                };
+                Ok(cells.iter().flat_map(|cell| cell.to_be_bytes()).collect())
+            };
+            let node = format!("/tree/base{}/pcie", "/bus".repeat(levels - 1));
+            let found = parse(Path::new(&node), &read).map(|node| node.windows.len());
+            (found, reads.get())
+        };
+        let (found, few) = reads(DEEPEST, 1);
+        assert_eq!(found.unwrap(), 1);
+        let (found, many) = reads(DEEPEST, 100);
+        assert_eq!((found.unwrap(), many), (100, few));
+        let (found, none) = reads(DEEPEST + 1, 100);
+        assert!(found.unwrap_err().to_string().ends_with("is more than 16 levels below the root of its device tree"));
+        assert_eq!(none, 0);
     }
 }

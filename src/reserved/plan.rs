@@ -14,16 +14,18 @@ use crate::range::{IovaRange, RangeSet};
 use crate::spec;
 
 /// Where x86 decodes message-signalled interrupts, in hardware: the doorbell that x86 guests expect.
-pub const X86_MSI: IovaRange = match IovaRange::new(0xfee0_0000, 0xfeef_ffff) {
-    Some(range) => range,
-    None => IovaRange::ALL,
-};
+pub const X86_MSI: IovaRange = constant(0xfee0_0000, 0xfeef_ffff);
 
 /// Where Linux puts the doorbell if the IOMMU's hardware has none (`MSI_IOVA_BASE`).
-const SOFTWARE_MSI: IovaRange = match IovaRange::new(0x0800_0000, 0x080f_ffff) {
-    Some(range) => range,
-    None => IovaRange::ALL,
-};
+const SOFTWARE_MSI: IovaRange = constant(0x0800_0000, 0x080f_ffff);
+
+/// A range that is known when this is compiled: one that is none does not compile.
+const fn constant(start: u64, last: u64) -> IovaRange {
+    match IovaRange::new(start, last) {
+        Some(range) => range,
+        None => panic!("the first address is behind the last one"),
+    }
+}
 
 /// What the operator chose.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -172,6 +174,8 @@ pub fn plan(policy: &Policy, endpoints: &[(EndpointId, HostFacts)]) -> Result<Pl
 /// Classifies every region, and takes away what cannot be mapped.
 fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
     let mut reserved: Vec<IovaRange> = Vec::new();
+    // A set, because each of many regions can leave something between each of many windows.
+    let mut beside_windows = RangeSet::default();
     let mut windows_shown = BTreeMap::<WithheldReason, RangeSet>::new();
     let mut advisories = Vec::new();
     for region in facts.reserved_regions.iter().flatten() {
@@ -194,7 +198,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
                 reserved.push(range);
             }
             Verdict::Window { withheld, reason } => {
-                reserved.extend(RangeSet::from(range).subtract(&withheld).ranges());
+                beside_windows = beside_windows.union(&RangeSet::from(range).subtract(&withheld));
                 let shown = windows_shown.entry(reason).or_default();
                 *shown = shown.union(&withheld);
             }
@@ -206,7 +210,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
             advisories.push(advise(AdvisoryKind::SwMsiOutsideInbound));
         }
     }
-    let reserved: RangeSet = reserved.into_iter().collect();
+    let reserved = beside_windows.union(&reserved.into_iter().collect());
     let mut usable = RangeSet::from(facts.aperture.unwrap_or(IovaRange::ALL)).subtract(&reserved);
     if let Some(known) = &facts.usable {
         usable = usable.intersect(known);
@@ -408,7 +412,7 @@ mod tests {
             prop_assert!(reported.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
             prop_assert!(reported.iter().all(|region| input_range.covers(region.range)));
             prop_assert!(planned.withheld.windows(2).all(|pair| pair[0].range.last() < pair[1].range.start()));
-            // I17: no withheld range is refused.
+            // I17 of docs/invariants.md: no withheld range is refused.
             prop_assert!(planned.withheld.iter().all(|w| planned.view.refused().overlapping(w.range).is_none()));
             let msi = reported.iter().filter(|region| region.kind == ReservedKind::Msi).count();
             prop_assert_eq!(msi, usize::from(policy.guest_msi.is_some_and(|msi| input_range.covers(msi))));

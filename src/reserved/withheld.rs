@@ -29,7 +29,7 @@ pub enum Evidence {
     Kernel(String),
     /// These BARs lie in it.
     Bars(RangeSet, Option<Source>),
-    /// Devices reach memory at these addresses only.
+    /// Devices reach memory at other addresses, of which these are next to it.
     Inbound(RangeSet, Option<Source>),
 }
 
@@ -47,8 +47,11 @@ impl fmt::Display for Evidence {
                 write!(f, "in it lies the BAR {bars}")?;
                 source
             }
-            Self::Inbound(inbound, source) => {
-                write!(f, "devices reach memory at {inbound} only")?;
+            Self::Inbound(beside, source) => {
+                f.write_str("devices reach no memory here")?;
+                if !beside.is_empty() {
+                    write!(f, ", but at {beside}")?;
+                }
                 source
             }
         };
@@ -72,11 +75,19 @@ impl Evidence {
                 let bars = facts.bars.iter().flatten().copied();
                 Self::Bars(bars.filter(|bar| range.covers(*bar)).collect(), source(Fact::Bars))
             }
-            WithheldReason::InboundByPolicy => {
-                Self::Inbound(facts.inbound.clone().unwrap_or_default(), source(Fact::Inbound))
-            }
+            WithheldReason::InboundByPolicy => Self::Inbound(
+                facts.inbound.as_ref().map(|all| beside(range, all)).unwrap_or_default(),
+                source(Fact::Inbound),
+            ),
         }
     }
+}
+
+/// Of a set that has no address of a range, what is next to it: at most one range below and one above.
+fn beside(range: IovaRange, all: &RangeSet) -> RangeSet {
+    let above = all.ranges().partition_point(|other| other.start() < range.start());
+    let (lower, upper) = all.ranges().split_at(above);
+    lower.last().into_iter().chain(upper.first()).copied().collect()
 }
 
 /// Everything known that is not reported: windows that the host shows, windows that it does not, and what devices cannot
@@ -127,7 +138,7 @@ mod tests {
             kernel: Some("4.14.0".to_owned()),
             windows: Some(set("1000-1fff").union(&set("8000-8fff"))),
             bars: Some(vec!["2000-20ff".parse().unwrap(), "9000-90ff".parse().unwrap()]),
-            inbound: Some(set("0-ffff")),
+            inbound: Some(set("0-fff").union(&set("8000-ffff")).union(&set("20000-2ffff")).union(&set("50000-5ffff"))),
             sources: [(Fact::Windows, Source::ProcIomem), (Fact::Bars, Source::PciConfig)].into(),
             ..HostFacts::default()
         };
@@ -141,7 +152,14 @@ mod tests {
         );
         let bar = "in it lies the BAR 0x2000-0x20ff (pci-config)";
         assert_eq!(says("2000-2fff", WithheldReason::WindowByBars), bar);
-        let inbound = "devices reach memory at 0x0-0xffff only";
-        assert_eq!(says("10000-1ffff", WithheldReason::InboundByPolicy), inbound);
+        for (range, says_of_inbound) in [
+            ("10000-1ffff", "devices reach no memory here, but at 0x8000-0xffff, 0x20000-0x2ffff"),
+            ("60000-6ffff", "devices reach no memory here, but at 0x50000-0x5ffff"),
+        ] {
+            assert_eq!(says(range, WithheldReason::InboundByPolicy), says_of_inbound);
+        }
+        let nowhere = HostFacts { inbound: Some(RangeSet::default()), ..HostFacts::default() };
+        let evidence = Evidence::of(IovaRange::ALL, WithheldReason::InboundByPolicy, &nowhere);
+        assert_eq!(evidence.to_string(), "devices reach no memory here");
     }
 }

@@ -12,7 +12,9 @@ use super::table::Table;
 use super::translator::Translator;
 use crate::access::Access;
 use crate::host::refused::RefusedAccesses;
-use crate::host::{AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError};
+use crate::host::{
+    AfterFailure, AttachError, Constraints, HostError, HostErrorKind, HostGroup, IoPageTable, MapError, Members,
+};
 use crate::id::EndpointId;
 use crate::mapping::{Mapping, SMALLEST_PAGE};
 use crate::memory::HostSegment;
@@ -65,7 +67,8 @@ impl EmulatedGroup {
         let before = self.attachment.table.swap(table);
         if is_pinned() {
             // Waiting would never end. Whoever translates on this thread goes on with what it has.
-            log::error!("the device was called by a thread that holds a translation: it is not waited for");
+            let group = Members(&self.members);
+            log::error!("the device was called for {group} by a thread that holds a translation: it is not waited for");
         } else {
             wait_for_pins();
         }
@@ -115,7 +118,8 @@ impl HostGroup for EmulatedGroup {
     fn block(&self) {
         if let Err(error) = self.switch(None) {
             // It was stopped.
-            log::error!("a device that keeps translations goes on no more: {error}");
+            let group = Members(&self.members);
+            log::error!("a device of {group} that keeps translations goes on no more: {error}");
         }
     }
 

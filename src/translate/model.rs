@@ -67,7 +67,7 @@ fn device(table: &Shared<Table>, act: impl Fn(&Table) + 'static) -> thread::Join
     })
 }
 
-/// I3: when an UNMAP has returned, every use that began before it is over, and none begins.
+/// I3 of docs/invariants.md: when an UNMAP has returned, every use that began before it is over, and none begins.
 #[test]
 fn no_use_outlives_an_unmap() {
     explore(|| {

@@ -381,12 +381,13 @@ impl VhostUserBackend for IommuBackend {
             return Err(io::Error::other(format!("guest memory has more than {MOST_REGIONS} regions")));
         }
         let ram = GuestRam::from_mmap(&offered).map_err(io::Error::other)?;
+        // Once, or a frontend that takes its memory away and gives it back could fill the log.
         #[cfg(feature = "daemon")]
-        if !self.looked_at_seals.swap(offered.num_regions() > 0, Ordering::Relaxed) {
+        if offered.num_regions() > 0 && !self.looked_at_seals.swap(true, Ordering::Relaxed) {
             super::seals::say_if_unsealed(&offered);
         }
-        // Under the lock: no request is under way, and the frontend is answered only when no host page table reaches
-        // memory that has left.
+        // Under the lock: no step of a request is, and the frontend is answered only when no host page table reaches memory that
+        // has left.
         let mut state = self.state.lock();
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(GuestMemoryMmap::clone(&offered));
         state.device.set_memory(ram);

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::backend::IommuBackend;
 use super::meter::{Meter, RequestTimes};
-use crate::device::Statistics;
+use crate::device::{GroupCounts, Statistics};
 use crate::host::timed::HostTime;
 
 /// What has been counted since the backend was made, and what there is.
@@ -51,14 +51,14 @@ impl IommuBackend {
     pub fn counted(&self) -> Counted {
         let state = self.state.lock();
         let device = &state.device;
-        let (groups, groups_blocked) = device.groups();
+        let GroupCounts { groups, blocked } = device.group_counts();
         Counted {
             statistics: device.statistics(),
             times: self.meter.get().map(|meter| Box::new(meter.times())),
             faults: device.faults_recorded(),
             endpoints: device.endpoints().count() as u64,
             groups: groups as u64,
-            groups_blocked: groups_blocked as u64,
+            groups_blocked: blocked as u64,
             domains: device.domains().count() as u64,
             mappings: device.domains().filter_map(|domain| domain.mappings).sum::<usize>() as u64,
             bypass: device.bypass(),

@@ -194,7 +194,7 @@ impl IommuBackend {
         if rings.is_some_and(|rings| rings.iter().any(|ring| ring.get_ref().get_queue().ready())) {
             return Err(MigrationError::Running);
         }
-        match state.device.bound_to_host() {
+        match state.device.unmigratable_endpoint() {
             Some(endpoint) => Err(MigrationError::BoundToHost(endpoint)),
             None => Ok(state),
         }

@@ -11,6 +11,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Write};
 use std::sync::{Arc, MutexGuard};
+use std::time::Instant;
 
 use log::error;
 use parking_lot::Mutex;
@@ -20,6 +21,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::Error;
 
 use super::backend::Memory;
+use super::throttle::{Pass, Throttle};
 
 /// A ring and its event files. Cheap to clone.
 #[derive(Clone)]
@@ -28,10 +30,11 @@ pub struct Vring {
     files: Arc<Mutex<EventFiles>>,
 }
 
-#[derive(Default)]
 struct EventFiles {
     kick: Option<Arc<File>>,
     call: Option<Arc<File>>,
+    /// The frontend can bring about as many failures as it likes.
+    throttle: Throttle,
 }
 
 impl Vring {
@@ -67,7 +70,8 @@ impl<'a> VringStateMutGuard<'a, Memory> for Vring {
 
 impl VringT<Memory> for Vring {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        Ok(Self { ring: VringMutex::new(memory, max_queue_size)?, files: Arc::default() })
+        let files = EventFiles { kick: None, call: None, throttle: Throttle::new(Instant::now()) };
+        Ok(Self { ring: VringMutex::new(memory, max_queue_size)?, files: Arc::new(Mutex::new(files)) })
     }
 
     fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
@@ -137,11 +141,15 @@ impl VringT<Memory> for Vring {
 
     fn set_kick(&self, file: Option<File>) {
         // The library waits for its own.
-        let other = file.as_ref().map(File::try_clone).transpose().unwrap_or_else(|error| {
+        let other = file.as_ref().map(File::try_clone).transpose();
+        let mut files = self.files.lock();
+        if let Err(error) = &other
+            && files.throttle.ask(Instant::now()) != Pass::No
+        {
             error!("no descriptor can be had for a ring's kicks, which are not taken: {error}");
-            None
-        });
-        self.files.lock().kick = other.map(Arc::new);
+        }
+        files.kick = other.unwrap_or_default().map(Arc::new);
+        drop(files);
         self.ring.set_kick(file);
     }
 

@@ -201,7 +201,7 @@ pub fn watch_if_asked() -> Option<ExitCode> {
     for device in left.iter().flatten() {
         device.detach();
     }
-    if !left.is_empty() {
+    if left.iter().any(Option::is_some) {
         write_line_now(
             "vhost-device-iommu: the daemon ended without a word: the devices were detached, their DMA is refused",
         );

@@ -18,7 +18,11 @@ pub fn alone(name: &str, test: impl FnOnce()) {
         return test();
     }
     let program = std::env::current_exe().unwrap();
-    let output = Command::new(program).args(["--exact", name, "--nocapture"]).env(ALONE, "").output().unwrap();
+    let output = Command::new(program)
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(ALONE, "")
+        .output()
+        .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     assert!(said.contains("1 passed"), "there is no test {name}: {said}");
@@ -39,7 +43,7 @@ pub fn peak_memory() -> u64 {
 }
 
 /// The memory that this process has now, in bytes.
-pub fn memory() -> u64 {
+pub fn resident_memory() -> u64 {
     status("VmRSS:")
 }
 

@@ -27,6 +27,8 @@ const VFIO_DEVICE_DETACH_IOMMUFD_PT: u64 = 0x3b78;
 const VFIO_IOMMU_MAP_DMA: u64 = 0x3b71;
 const TIOCSTI: u64 = 0x5412;
 const FIONBIO: u64 = 0x5421;
+/// `O_CREAT`, `O_EXCL`, `O_WRONLY`, `O_CLOEXEC`, `O_LARGEFILE`.
+const MAKE_ANEW: u64 = 0o2_100_301;
 /// No descriptor has this number.
 const NO_FILE: u64 = 1_000_000;
 
@@ -130,6 +132,9 @@ const SOME: &[(Try, &[&str], i64)] = &[
     (("accept", libc::SYS_accept4, [NO_FILE, 0, 0, 0, 0, 0]), &["control", "frontend", "vhost-user"], -EBADF),
     (("watch a directory", libc::SYS_inotify_add_watch, [NO_FILE, 0, 0, 0, 0, 0]), &["nodes"], -EINVAL),
     (("remove a file", libc::SYS_unlink, [0; 6]), &["main"], -EFAULT),
+    (("make a file anew", libc::SYS_openat, [NO_FILE, 0, MAKE_ANEW, 0, 0, 0]), &["metrics"], -EFAULT),
+    (("rename a file", libc::SYS_renameat, [NO_FILE, 0, NO_FILE, 0, 0, 0]), &["metrics"], -EFAULT),
+    (("remove a file of a directory", libc::SYS_unlinkat, [NO_FILE, 0, 0, 0, 0, 0]), &["metrics"], -EFAULT),
     (("wait for a process", libc::SYS_wait4, [NO_FILE, 0, 1, 0, 0, 0]), &["main", "control", "nodes"], -ECHILD),
     // The older call, which can be looked into, is taken then.
     (("a thread, by clone3", libc::SYS_clone3, [0; 6]), &["frontend", "vhost-user"], -ENOSYS),

@@ -17,11 +17,15 @@ use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use processes::{PATIENCE, wait_until};
+
 pub mod alone;
 #[cfg(target_arch = "x86_64")]
 pub mod confined;
 #[cfg(target_arch = "x86_64")]
 pub mod inject;
+pub mod left_out;
+pub mod processes;
 mod requests;
 pub mod status;
 
@@ -43,6 +47,9 @@ const EVENTS: u64 = RINGS + 0x8000;
 const EVENT_USED: u64 = EVENTS + 0x2000;
 const EVENT: u64 = EVENTS + 0x3000;
 const EVENT_SIZE: usize = 24;
+
+/// What should not happen is waited for so long.
+const SHORT: Duration = Duration::from_secs(2);
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -84,7 +91,7 @@ pub struct Machine {
 impl Machine {
     /// Connects to a socket and negotiates everything that is offered.
     pub fn connect(path: &Path, memory: Memory) -> Self {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
@@ -168,17 +175,12 @@ impl Machine {
         self.start_ring_at(1, 0, EVENTS);
     }
 
-    /// Waits for the event; `None` if there is none in two seconds.
-    pub fn wait_for_event(&self) -> Option<[u8; EVENT_SIZE]> {
-        let deadline = Instant::now() + Duration::from_secs(2);
+    /// Waits for the event.
+    pub fn wait_for_event(&self) -> [u8; EVENT_SIZE] {
         let order = std::sync::atomic::Ordering::Acquire;
-        while self.memory.load::<u16>(GuestAddress(EVENT_USED + 2), order).unwrap() == 0 {
-            if Instant::now() > deadline {
-                return None;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        Some(self.memory.read_obj(GuestAddress(EVENT)).unwrap())
+        let index = || self.memory.load::<u16>(GuestAddress(EVENT_USED + 2), order).unwrap();
+        wait_until("there is no event", || index() != 0);
+        self.memory.read_obj(GuestAddress(EVENT)).unwrap()
     }
 
     /// Stops the request ring; the base to start it with again.
@@ -219,11 +221,7 @@ impl Machine {
         // A kick that was taken is counted no more.
         let info = format!("/proc/self/fdinfo/{}", self.kicks[0].as_raw_fd());
         let is_taken = |text: String| text.lines().any(|line| line.split_whitespace().eq(["eventfd-count:", "0"]));
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !is_taken(std::fs::read_to_string(&info).unwrap()) {
-            assert!(Instant::now() < deadline, "the kick is not taken");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("the kick is not taken", || is_taken(std::fs::read_to_string(&info).unwrap()));
         std::thread::sleep(Duration::from_millis(50));
     }
 
@@ -232,8 +230,8 @@ impl Machine {
         self.frontend.get_config(0, 40, VhostUserConfigFlags::empty(), &[0; 40]).unwrap().1
     }
 
-    /// Sends a request and waits for its answer; `None` if there is none in two seconds.
-    pub fn try_send(&mut self, request: &[u8], writable: u32) -> Option<Reply> {
+    /// Sends a request and waits for its answer.
+    pub fn ask(&mut self, request: &[u8], writable: u32) -> Reply {
         self.post(request, writable);
         self.wait_for_used(writable)
     }
@@ -278,9 +276,18 @@ impl Machine {
         self.memory.store(self.available.to_le(), GuestAddress(AVAILABLE + 2), order).unwrap();
     }
 
-    /// Waits for the answer to a request; `None` if there is none in two seconds.
-    pub fn wait_for_used(&mut self, writable: u32) -> Option<Reply> {
-        let deadline = Instant::now() + Duration::from_secs(2);
+    /// Waits for the answer to a request.
+    pub fn wait_for_used(&mut self, writable: u32) -> Reply {
+        self.used_within(PATIENCE, writable).expect("a request is answered")
+    }
+
+    /// The answer to a request that should have none, or may have none; `None` if it has none for two seconds.
+    pub fn used_after_all(&mut self, writable: u32) -> Option<Reply> {
+        self.used_within(SHORT, writable)
+    }
+
+    fn used_within(&mut self, patience: Duration, writable: u32) -> Option<Reply> {
+        let deadline = Instant::now() + patience;
         loop {
             let order = std::sync::atomic::Ordering::Acquire;
             let index = u16::from_le(self.memory.load(GuestAddress(USED + 2), order).unwrap());
@@ -304,7 +311,7 @@ impl Machine {
 
     /// Sends a request that is answered with a status only; the status.
     pub fn send(&mut self, request: &[u8]) -> u8 {
-        let reply = self.try_send(request, 4).expect("a request is answered");
+        let reply = self.ask(request, 4);
         assert_eq!(reply, Reply::only(reply.status));
         reply.status
     }

@@ -6,11 +6,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::common::processes::{wait_for_end, wait_until};
 use super::*;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
@@ -36,11 +36,7 @@ impl Daemon {
     fn run(mut command: Command, directory: tempfile::TempDir) -> Self {
         command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(directory.path().join("socket"));
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !directory.path().join("socket").exists() {
-            assert!(Instant::now() < deadline, "the daemon does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until("the daemon does not listen", || directory.path().join("socket").exists());
         Self { child, directory }
     }
 
@@ -54,11 +50,7 @@ impl Daemon {
 
     fn end(mut self) -> String {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while self.child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "the daemon does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for_end(&mut self.child);
         let control = self.control();
         let Output { status, stderr, .. } = self.child.wait_with_output().unwrap();
         let log = String::from_utf8(stderr).unwrap();
@@ -97,19 +89,6 @@ fn how_much_is_logged_can_be_changed() {
         assert_eq!(daemon.client().ask(&request), json!({ "log-level": level }));
         let log = daemon.end();
         assert_eq!(log.contains("every endpoint is blocked"), is_logged, "{log}");
-    }
-}
-
-#[test]
-fn how_much_is_logged_is_what_the_daemon_was_started_with() {
-    for (level, is_logged) in [("error", false), ("info", true)] {
-        let directory = tempfile::tempdir().unwrap();
-        let mut command = Command::new(DAEMON);
-        command.arg("--control-path").arg(control(&directory)).arg(format!("--log-level={level}"));
-        let daemon = Daemon::run(command, directory);
-        daemon.client().ask(&json!("list"));
-        let log = daemon.end();
-        assert_eq!(log.contains("listening on"), is_logged, "{log}");
     }
 }
 

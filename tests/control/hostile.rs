@@ -2,12 +2,15 @@
 
 //! Clients that do not keep to the protocol, are slow, or are not meant to ask.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Instant;
 
 use super::*;
+use crate::common::left_out::left_out;
+use crate::common::processes::wait_until;
 
 const HURRY: Limits = Limits { clients: 4, patience: Duration::from_millis(300) };
 
@@ -97,10 +100,12 @@ fn half_a_line_and_the_end_is_no_request() {
 fn a_client_that_does_not_read_is_closed() {
     let bench = Bench::with(HURRY, &[]);
     let mut client = bench.client();
-    client.stream.get_ref().set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    // Its own patience ends with another error.
+    client.stream.get_ref().set_write_timeout(Some(PATIENCE)).unwrap();
     // More than the kernel keeps for it: then no more of its requests are read.
     let line = b"{\"version\":1,\"request\":\"plan\"}\n".repeat(1000);
-    while client.stream.get_mut().write_all(&line).is_ok() {}
+    let error = std::iter::repeat_with(|| client.stream.get_mut().write_all(&line)).find_map(Result::err).unwrap();
+    assert!(matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset), "{error}");
     goes_on(&bench);
 }
 
@@ -147,10 +152,7 @@ fn serves_again(bench: &Bench) {
         let written = client.stream.get_mut().write_all(b"{\"version\":1,\"request\":\"list\"}\n");
         written.is_ok() && client.next().is_some_and(|reply| reply["endpoints"].is_array())
     };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_served() {
-        assert!(Instant::now() < deadline, "clients that are gone are counted");
-    }
+    wait_until("clients that are gone are counted", is_served);
 }
 
 #[test]
@@ -198,7 +200,7 @@ fn closed_by_server(client: &Client) -> bool {
 #[test]
 fn another_user_may_not_ask() {
     if !rustix::process::geteuid().is_root() {
-        println!("left out: only root can become another user");
+        left_out("root, to become another user");
         return;
     }
     let bench = Bench::new();

@@ -24,6 +24,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use common::processes::PATIENCE;
+use common::status::{NOENT, OK};
 use common::{Machine, guest_memory};
 use files::{Closed, Kept, PipeFiles};
 use serde_json::{Value, json};
@@ -50,9 +52,6 @@ const OTHER_TEXT: &str = "0000:02:00.0";
 const INPUT_RANGE: &str = "0-7fffffffff";
 const MEMORY_SIZE: usize = 0x40_0000;
 
-const OK: u8 = 0;
-const NOENT: u8 = 6;
-
 /// A backend with one endpoint, and its control socket.
 struct Bench {
     host: FakeHost,
@@ -77,7 +76,7 @@ impl Bench {
         let facts = HostFacts { usable: Some(usable()), ..HostFacts::default() };
         let policy = Policy { guest_msi: Some(X86_MSI), ..Policy::default() };
         let planned = plan(&policy, &[(FIRST, facts)]).unwrap().endpoints.remove(0);
-        // Room for three regions.
+        // Room for four regions.
         let settings = Settings { probe_size: 96, ..Settings::new(INPUT_RANGE.parse().unwrap(), 0x1000) };
         let views = vec![(FIRST, planned.view.clone())];
         let device = VirtioIommu::new(settings, views, vec![host.group(&[FIRST], usable())]).unwrap();
@@ -181,7 +180,7 @@ struct Client {
 
 impl Client {
     fn new(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self { stream: BufReader::new(stream) }
     }
 

@@ -2,6 +2,8 @@
 
 //! viommuctl against a control socket.
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
@@ -389,11 +391,16 @@ fn what_cannot_be_done_is_said_before_anything_is_touched() {
 fn a_daemon_that_does_not_answer_is_told_from_one_that_is_not_there() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("socket");
-    let status = || run(viommuctl(&["status", "--control"]).arg(&path));
-    let expect = |text: &str| {
-        let (code, _, said) = status();
+    let status = || {
+        let mut command = viommuctl(&["status", "--control"]);
+        command.arg(&path);
+        command
+    };
+    let expect_of = |command: &mut Command, text: &str| {
+        let (code, _, said) = run(command);
         assert!(code == 1 && said.contains(text), "{code}: {said}");
     };
+    let expect = |text: &str| expect_of(&mut status(), text);
     expect("it has ended, or was started without --control-path");
     let listener = UnixListener::bind(&path).unwrap();
     // It closes the connection when it was asked, as the daemon's other socket does.
@@ -404,10 +411,16 @@ fn a_daemon_that_does_not_answer_is_told_from_one_that_is_not_there() {
     expect("this is not its control socket");
     other.join().unwrap();
     expect("it was killed, and left its socket behind");
-    if !rustix::process::geteuid().is_root() {
-        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
-        expect("as root, or as the daemon's user");
+    let set_mode =
+        |path: &std::path::Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    set_mode(place.path(), 0o755);
+    set_mode(&path, 0o000);
+    let mut command = status();
+    // Root may connect to everything.
+    if rustix::process::geteuid().is_root() {
+        command.uid(12345);
     }
+    expect_of(&mut command, "as root, or as the daemon's user");
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn an_endpoint_that_is_added_is_the_guests_until_it_is_removed() {
     assert_eq!(bench.keeper.count(), 1, "the watcher has its file");
     assert!(closed[0].is_open());
 
-    assert_eq!(guest.try_send(&probe(NEW.0), 100).unwrap().status, OK);
+    assert_eq!(guest.ask(&probe(NEW.0), 100).status, OK);
     assert_eq!(guest.send(&attach(1, NEW.0, 0)), OK);
     assert_eq!(guest.send(&map(1, 0x5000, 0x1000, 0x2000, 3)), OK);
     assert_eq!(bench.host.dma(NEW, 0x5000, Access::READ), Some(0x2000));

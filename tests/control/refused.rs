@@ -37,10 +37,17 @@ fn what_does_not_fit_what_the_guest_was_told_is_refused() {
 fn regions_that_do_not_fit_a_probe_are_widened_but_not_over_memory() {
     let bench = Bench::new();
     // Five regions with the doorbell, and there is room for four.
-    let many = json!({ "usable": [["0x0", "0x7fffffffff"]], "reserved_regions":
-        ["0x10000 0x10fff reserved", "0x100000 0x100fff reserved", "0x200000 0x200fff reserved", "0x300000 0x300fff reserved"] });
+    let given = [0x1_0000, 0x10_0000, 0x20_0000, 0x30_0000].map(|first: u64| (first, first + 0xfff));
+    let lines = given.map(|(first, last)| format!("{first:#x} {last:#x} reserved"));
+    let many = json!({ "usable": [["0x0", "0x7fffffffff"]], "reserved_regions": lines });
     let (reply, _closed) = bench.add(&with("/devices/0/facts", many.clone()));
-    assert!(reply["added"]["endpoints"][0]["resv"].as_array().unwrap().len() <= 4, "{reply}");
+    let told = reply["added"]["endpoints"][0]["resv"].as_array().unwrap();
+    let number = |value: &Value| u64::from_str_radix(value.as_str().unwrap().trim_start_matches("0x"), 16).unwrap();
+    let told: Vec<_> = told.iter().map(|region| (number(&region["start"]), number(&region["end"]))).collect();
+    assert!(told.len() <= 4, "{reply}");
+    for (first, last) in given.into_iter().chain([(X86_MSI.start(), X86_MSI.last())]) {
+        assert!(told.iter().any(|(start, end)| *start <= first && last <= *end), "{first:#x}-{last:#x}: {reply}");
+    }
     bench.ask(&json!({ "remove": { "endpoints": [NEW_TEXT] } }));
     let _guest = bench.guest();
     refuse(&bench, &with("/devices/0/facts", many), "does-not-fit", "do not fit 96 bytes");

@@ -8,6 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::common::left_out::left_out;
 use super::{Ended, Start};
 
 pub struct Host {
@@ -19,7 +20,7 @@ impl Host {
     pub fn new() -> Option<Self> {
         let can = Command::new("unshare").args(["--user", "--map-root-user", "--mount", "true"]).status();
         if !can.is_ok_and(|status| status.success()) {
-            eprintln!("conventions: user name spaces cannot be had here: left out");
+            left_out("user name spaces");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

@@ -153,6 +153,32 @@ fn manual_pages_that_are_named_are_there() {
     assert!(named > 3, "only {named} were found");
 }
 
+/// The words of a text that begin with these letters and go on with a number.
+fn numbered<'a>(text: &'a str, letters: &'a str) -> impl Iterator<Item = String> + 'a {
+    let words = text.split(|character: char| !character.is_alphanumeric() && character != '_');
+    let is_number = |rest: &str| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit());
+    words.filter(move |word| word.strip_prefix(letters).is_some_and(is_number)).map(ToOwned::to_owned)
+}
+
+#[test]
+fn what_always_holds_is_listed_and_what_looks_at_it_is_there() {
+    let list = fs::read_to_string(root().join("docs/invariants.md")).unwrap();
+    let rows: Vec<_> = list.lines().filter(|line| line.starts_with("| I")).collect();
+    let listed: BTreeSet<_> = rows.iter().flat_map(|row| numbered(row.split(" | ").next().unwrap(), "I")).collect();
+    let mut cited = BTreeSet::new();
+    for file in files_named("rs").into_iter().filter(|file| !file.ends_with("tests/conventions/links.rs")) {
+        let text = fs::read_to_string(&file).unwrap();
+        for number in text.lines().filter(|line| line.contains("//")).flat_map(|line| numbered(line, "I")) {
+            assert!(listed.contains(&number), "{} cites {number}, which docs/invariants.md has not", file.display());
+            cited.insert(number);
+        }
+    }
+    assert!(cited.len() > 10, "only {cited:?} are cited");
+    for name in rows.iter().flat_map(|row| row.split('`').skip(1).step_by(2)).filter(|name| name.contains('/')) {
+        assert!(root().join(name).is_file(), "docs/invariants.md names {name}, which is not there");
+    }
+}
+
 #[test]
 fn the_documents_that_are_read_first_fit_a_screen() {
     const WIDTH: usize = 132;

@@ -27,12 +27,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::processes::{PATIENCE, wait_for_end, wait_until};
+use common::status::NOENT;
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a run that ended by itself left.
 #[derive(Debug, PartialEq, Eq)]
@@ -144,18 +145,7 @@ impl Daemon {
 
     /// Waits for its end.
     fn end(mut self) -> Ended {
-        let deadline = Instant::now() + PATIENCE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            if Instant::now() > deadline {
-                self.child.kill().unwrap();
-                let ended = self.end();
-                panic!("the daemon does not end: {ended:?}");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let status = wait_for_end(&mut self.child);
         let mut ended = Ended { code: status.code(), out: String::new(), err: String::new() };
         if let Some(mut out) = self.child.stdout.take() {
             out.read_to_string(&mut ended.out).unwrap();
@@ -218,7 +208,6 @@ impl Place {
 
 /// Has a guest use the device; what its driver reads from the configuration.
 fn use_device(stream: UnixStream) -> (Machine, Vec<u8>) {
-    const NOENT: u8 = 6;
     let mut machine = Machine::over(stream, guest_memory(0x20_0000));
     machine.start();
     assert_eq!(machine.send(&attach(1, 8, 0)), NOENT);

@@ -2,9 +2,9 @@
 
 //! The process that holds the devices when the daemon is gone, when it goes first or holds on.
 
-use std::fs;
 use std::os::unix::fs::FileExt;
 
+use super::common::processes::child_of;
 use super::host::Host;
 use super::*;
 
@@ -13,14 +13,9 @@ fn start(host: &Host, place: &Place) -> (Daemon, Pid) {
     let control = place.path("control/socket");
     let start = Start::with(&[]).option("control-path", &control).option("socket-path", &place.socket);
     let daemon = host.inside(start).start();
-    let deadline = Instant::now() + PATIENCE;
-    let pid = daemon.child.id();
-    while UnixStream::connect(&control).is_err() || !place.socket.exists() {
-        assert!(Instant::now() < deadline, "the daemon does not listen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    (daemon, Pid::from_raw(children.trim().parse().expect("one child")))
+    wait_until("the daemon does not listen", || UnixStream::connect(&control).is_ok() && place.socket.exists());
+    let watcher = child_of(daemon.child.id());
+    (daemon, Pid::from_raw(watcher.cast_signed()))
 }
 
 #[test]
@@ -35,11 +30,8 @@ fn the_end_of_the_watcher_is_said_and_the_daemon_goes_on() {
         let length = daemon.log.read_at(&mut said, 0).unwrap();
         String::from_utf8_lossy(&said[..length]).into_owned()
     };
-    let deadline = Instant::now() + PATIENCE;
-    while !said().contains("the watcher is gone: if this process is killed too") {
-        assert!(Instant::now() < deadline, "{}", said());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let line = "the watcher is gone: if this process is killed too";
+    wait_until("the end of the watcher is not said", || said().contains(line));
     drop(use_device(UnixStream::connect(&place.socket).unwrap()));
     let ended = daemon.end();
     assert_eq!(ended.code, Some(0), "{}", ended.err);

@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 use virtio_iommu::device::Settings;
 use virtio_iommu::host::fake::Flavour;
 
-use crate::common::alone::{alone, memory};
+use crate::common::alone::{alone, resident_memory};
 use crate::common::{attach, detach, map, unmap};
 use crate::machine::{INVAL, LONE, Machine, NOENT, NOMEM, OK, READ, settings, unmap_to};
 
@@ -104,7 +104,7 @@ fn a_million_endpoints_that_there_are_not_leave_no_trace() {
         let mut machine = Machine::new();
         assert_eq!(machine.handle(&attach(1, LONE.0, 0)), OK);
         let (before, calls) = (machine.view(), machine.host.calls());
-        let at_first = memory();
+        let at_first = resident_memory();
         for number in 0..1u32 << 20 {
             // All over the numbers that there are, and none of those of endpoints; every other for bypass.
             let id = (number << 12) | 0xfff;
@@ -115,7 +115,7 @@ fn a_million_endpoints_that_there_are_not_leave_no_trace() {
                 assert_eq!(machine.handle(&detach(id, LONE.0)), INVAL);
             }
         }
-        assert!(memory() < at_first + (2 << 20), "{} bytes more", memory() - at_first);
+        assert!(resident_memory() < at_first + (2 << 20), "{} bytes more", resident_memory() - at_first);
         assert_eq!((machine.view(), machine.host.calls()), (before, calls));
     });
 }
@@ -135,7 +135,7 @@ fn endpoints_that_come_and_go_between_domains_leave_no_trace() {
                 }
                 if domain % 1000 == 1 {
                     assert_eq!((machine.device.save().domains.len(), machine.host.table_count()), (1, 1));
-                    let now = memory();
+                    let now = resident_memory();
                     assert!(now < *at_first.get_or_insert(now) + (2 << 20), "{flavour:?}: memory grows");
                 }
             }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use virtio_iommu::id::PciAddress;
 
 use crate::calls::threads_of;
+use crate::common::processes::child_of;
 use crate::daemon::must_exist;
 use crate::guest::{DISPLAY, MACHINE, read_console};
 use crate::pci::bind_to_vfio;
@@ -152,19 +153,4 @@ impl Drop for Guest {
         let _ = self.vmm.kill();
         let _ = self.vmm.wait();
     }
-}
-
-/// The process that was started by another.
-fn child_of(parent: u32) -> u32 {
-    let is_child = |process: &u32| {
-        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-        line.is_some_and(|value| value.trim() == parent.to_string())
-    };
-    let processes =
-        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    let mut children = processes.filter(is_child);
-    let child = children.next().expect("a process has started another");
-    assert_eq!(children.next(), None, "a process has started one other");
-    child
 }

@@ -15,6 +15,7 @@ use virtio_iommu::range::{IovaRange, RangeSet};
 use virtio_iommu::reserved::facts::FactsFile;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::common::status::{FAULT, INVAL, OK};
 use crate::common::{Machine, Memory, attach, detach, guest_memory, map, unmap};
 use crate::daemon::Daemon;
 use crate::inspect::facts_of;
@@ -26,9 +27,6 @@ const MEMORY_SIZE: usize = 0x200_0000;
 pub const IOVA: u64 = 0x400_0000;
 pub const PAGE: u64 = 0x1000;
 
-const OK: u8 = 0;
-const INVAL: u8 = 4;
-const FAULT: u8 = 7;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 pub const READ_WRITE: u32 = READ | WRITE;

@@ -23,14 +23,12 @@ use virtio_iommu::reserved::sysfs::Sysfs;
 use virtio_iommu::reserved::{ReservedKind, ReservedRegion};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::common::status::{NOMEM, OK, UNSUPP};
 use crate::common::{Memory, attach, detach, guest_memory, map, unmap};
 use crate::pci::{EDU, Edu, bind_to_vfio, find, open, open_vfio};
 
 const PAGE: u64 = 0x1000;
 const MEMORY_SIZE: usize = 0x40_0000;
-const OK: u8 = 0;
-const UNSUPP: u8 = 2;
-const NOMEM: u8 = 8;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 

@@ -5,9 +5,11 @@
 use std::fs;
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::confined::{assert_calls, assert_confined, threads};
+use crate::common::processes::{child_of, wait_until};
+use crate::common::status::NOENT;
 use crate::common::{RINGS, attach, map};
 use crate::edu::Vmm;
 use crate::pci::{EDU, find};
@@ -16,7 +18,6 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 const ENDPOINT: u32 = 0x18;
 const READ_WRITE: u32 = 3;
-const NOENT: u8 = 6;
 const OPTIONS: [&str; 1] = ["--input-range=0-ffffffff"];
 
 /// The processes that run the daemon's program.
@@ -25,14 +26,6 @@ fn processes() -> Vec<String> {
     let command = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("cmdline")).ok();
     let commands = entries.filter_map(command).map(|command| command.replace('\0', " "));
     commands.filter(|command| command.contains("vhost-device-iommu") || command.contains("--watch-devices")).collect()
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]
@@ -94,24 +87,13 @@ fn a_daemon_that_is_killed_before_a_frontend_came_leaves_its_devices_nothing() {
     wait_until("the watcher stays", || processes().is_empty());
 }
 
-/// The watcher of a daemon.
-fn watcher_of(daemon: u32) -> u32 {
-    let is_child = |process: &u32| {
-        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-        status.lines().any(|line| line == format!("PPid:\t{daemon}"))
-    };
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let mut processes = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    processes.find(is_child).unwrap()
-}
-
 #[test]
 #[ignore = "runs in the host VM: make test"]
 fn a_daemon_with_devices_and_its_watcher_have_given_up_what_they_do_not_need() {
     let vmm = Vmm::new();
     let mut daemon = vmm.daemon("confined", &[OPTIONS[0], "--seccomp=trap"]);
     let mut machine = vmm.machine(&daemon);
-    let watcher = watcher_of(daemon.id());
+    let watcher = child_of(daemon.id());
     assert_confined(daemon.id(), true);
     assert_confined(watcher, false);
     let main = Pid::from_raw(daemon.id().cast_signed());

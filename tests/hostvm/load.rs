@@ -38,7 +38,7 @@ fn reads(disk: &str, count: u64) {
     let blocks = seek(&file, SeekFrom::End(0)).unwrap() / length;
     let start = Instant::now();
     for number in 0..count {
-        // Neighbours in time are far from each other on the disk (the step is a prime), and the same for every run.
+        // Neighbours in time are far from each other on the disk (the step is large, and odd), and the same for every run.
         let place = number * 40_503 % blocks;
         file.read_exact_at(&mut block.0, place * length).unwrap();
     }

@@ -28,10 +28,10 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::common::status::OK;
 use crate::common::{Memory, attach, detach, guest_memory, map, unmap};
 
 const ENDPOINT: EndpointId = EndpointId(8);
-const OK: u8 = 0;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 const PAGE: u64 = 0x1000;

@@ -5,7 +5,6 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
-use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,10 +21,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 mod guest;
+#[path = "../common/left_out.rs"]
+mod left_out;
 #[path = "../../examples/microvm/mmio.rs"]
 mod mmio;
 
 use guest::{Script, Vm};
+use left_out::left_out;
 use mmio::{Interrupt, Registers};
 
 const IOMMU: u32 = 0xd000_0000;
@@ -42,8 +44,7 @@ fn run(script: &Script) -> Option<GuestMemoryMmap> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
-            // Not captured, as what is printed would be.
-            let _ = writeln!(std::io::stderr(), "skipped: /dev/kvm cannot be used: {error}");
+            left_out(&format!("/dev/kvm ({error})"));
             return None;
         }
     };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device against an oracle: a model that was written from the specification and the design alone, and shares nothing with the
+//! The device against an oracle: a model that was written from the specification and docs/invariants.md alone, and shares nothing with the
 //! device but the bytes of requests. Whatever sequence of operations comes, with the host failing at any call, both must give the same
 //! answers and have DMA go to the same places.
 

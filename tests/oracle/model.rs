@@ -2,7 +2,7 @@
 
 //! An oracle: what a guest may be answered, and what its endpoints may reach.
 //!
-//! Written from virtio 1.3 section 5.13 and the design document alone, and slow on purpose: every granule has
+//! Written from virtio 1.3 section 5.13 and docs/invariants.md alone, and slow on purpose: every granule has
 //! an entry of its own and every question is a scan. It shares nothing with the device but wire bytes and plain
 //! integers. Its host never fails, honours every permission and has memory enough. All ranges are inclusive.
 

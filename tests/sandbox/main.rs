@@ -18,10 +18,12 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use common::confined::{assert_calls, assert_confined, threads};
 use common::inject::{Outcome, Stopped};
+use common::left_out::left_out;
+use common::processes::{wait_for_end, wait_until};
+use common::status::NOENT;
 use common::{Machine, attach, guest_memory};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
@@ -32,21 +34,19 @@ use vhost::vhost_user::message::VhostTransferStateDirection::{LOAD, SAVE};
 use vhost::vhost_user::message::VhostTransferStatePhase::STOPPED;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
-const PATIENCE: Duration = Duration::from_secs(20);
-const NOENT: u8 = 6;
 /// The daemon's threads, with a frontend that has not said anything yet; `vhost-user` is the connection's.
-const THREADS: [&str; 8] =
-    ["control", "frontend", "log", "main", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
+const THREADS: [&str; 9] =
+    ["control", "frontend", "log", "main", "metrics", "to-backend", "to-frontend", "vhost-user", "vring_worker"];
 
 fn may_trace() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
-        eprintln!("left out: needs root, to trace a process that cannot be dumped");
+        left_out("root, to trace a process that cannot be dumped");
     }
     is_root
 }
 
-/// A daemon with a control socket, and the frontend's end of its connection.
+/// A daemon with a control socket and a metrics file, and the frontend's end of its connection.
 struct Daemon {
     child: Child,
     directory: tempfile::TempDir,
@@ -62,6 +62,8 @@ impl Daemon {
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$0\" \"$@\" 3<&0 4>&1 <&- >&-", DAEMON, "--fd=3", "--ready-fd=4"]);
         command.arg("--control-path").arg(directory.path().join("control/socket"));
+        fs::create_dir(directory.path().join("metrics")).unwrap();
+        command.arg("--metrics-file").arg(directory.path().join("metrics/file"));
         command.arg("--input-range=0-ffffffff").args(options);
         let child = command.stdin(OwnedFd::from(passed)).stdout(told).stderr(Stdio::piped()).spawn().unwrap();
         drop(command);
@@ -69,11 +71,7 @@ impl Daemon {
         fs::File::from(ready).read_to_string(&mut line).unwrap();
         assert_eq!(line, "\n", "it is ready");
         let daemon = Self { child, directory, frontend: Some(frontend) };
-        let deadline = Instant::now() + PATIENCE;
-        while !daemon.threads().keys().eq(THREADS.iter()) {
-            assert!(Instant::now() < deadline, "{:?}", daemon.threads());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("not all threads are there, or others", || daemon.threads().keys().eq(THREADS.iter()));
         daemon
     }
 
@@ -99,11 +97,7 @@ impl Daemon {
 
     fn end(mut self) -> (Option<i32>, String) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while self.child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "the daemon does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for_end(&mut self.child);
         assert!(!self.directory.path().join("control/socket").exists(), "the socket is removed");
         let output = self.child.wait_with_output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())

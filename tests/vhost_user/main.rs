@@ -5,9 +5,9 @@
 #![cfg(all(feature = "vhost-user", feature = "test-utils"))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
-#[cfg(feature = "translate")]
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(feature = "translate")]
 mod emulated;
 mod files;
 mod large_maps;

@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::raw::*;
-use crate::common::alone::{alone, open_files};
+use crate::common::alone::{alone, open_files, resident_memory};
 
 /// What a message is answered with that is in order.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -231,10 +231,6 @@ fn a_frontend_may_go_after_any_byte() {
 #[test]
 fn a_thousand_connections_leave_nothing_behind() {
     alone("messages::a_thousand_connections_leave_nothing_behind", || {
-        let resident = || {
-            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
-            text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-        };
         let (memory, event) = (memfd(SIZE), event());
         let before = open_files();
         let mut settled = 0;
@@ -244,11 +240,11 @@ fn a_thousand_connections_leave_nothing_behind() {
             assert!(victim.frontend.is_heard());
             victim.end();
             if round == 200 {
-                settled = resident();
+                settled = resident_memory();
             }
         }
         assert_eq!(open_files(), before);
-        let after = resident();
+        let after = resident_memory();
         assert!(after < settled + 0x80_0000, "{settled:#x} bytes became {after:#x}");
     });
 }

@@ -6,13 +6,13 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
+use crate::common::processes::{PATIENCE, wait_until};
 
 pub const GET_FEATURES: u32 = 1;
 pub const SET_FEATURES: u32 = 2;
@@ -35,8 +35,6 @@ pub const REM_MEM_REG: u32 = 38;
 /// Version 1, and an answer is wanted.
 const FLAGS: u32 = 1 | 8;
 const HEADER_SIZE: usize = 12;
-/// After which something hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where the guest's memory is for the backend, and how much there is.
 pub const USER: u64 = 0x7000_0000;
@@ -104,16 +102,12 @@ pub fn put_request(memory: &File, before: u16, request: &[u8]) {
 
 /// Waits until so many requests were answered, and how the last one was: status and used length.
 pub fn answer(memory: &File, count: u16) -> (u8, u32) {
-    let deadline = Instant::now() + PATIENCE;
     let read = |at: u64| {
         let mut bytes = [0; 4];
         memory.read_exact_at(&mut bytes, at).unwrap();
         bytes
     };
-    while read(0x2002)[..2] != count.to_le_bytes() {
-        assert!(Instant::now() < deadline, "request {count} is not answered");
-        std::thread::sleep(Duration::from_micros(100));
-    }
+    wait_until(&format!("request {count} is not answered"), || read(0x2002)[..2] == count.to_le_bytes());
     let element = 0x2004 + 8 * (u64::from(count) - 1);
     assert_eq!(read(0x4000)[1..], [0; 3]);
     (read(0x4000)[0], u32::from_le_bytes(read(element + 4)))
@@ -224,11 +218,7 @@ impl Victim {
     pub fn end(self) {
         let Self { host, backend, frontend, daemon } = self;
         drop(frontend);
-        let deadline = Instant::now() + PATIENCE;
-        while !daemon.is_finished() {
-            assert!(Instant::now() < deadline, "the library's threads do not end");
-            std::thread::sleep(Duration::from_micros(100));
-        }
+        wait_until("the library's threads do not end", || daemon.is_finished());
         let result = daemon.join().unwrap();
         assert!(!matches!(result, Err(vhost_user_backend::Error::WaitDaemon(_))), "a thread of the library panicked");
         backend.shut_down();

@@ -150,7 +150,7 @@ fn check_plan(file: &FactsFile) {
     check_report(&planned, file);
 }
 
-/// Regions and withheld ranges are sorted, disjoint and merged, and have no address in common: I17.
+/// Regions and withheld ranges are sorted, disjoint and merged, and have no address in common: I17 of docs/invariants.md.
 fn check_shape(endpoint: &EndpointPlan, policy: &Policy, input_range: IovaRange) {
     let view = &endpoint.view;
     assert_eq!(EndpointView::new(view.reported().to_vec()).as_ref(), Ok(view));

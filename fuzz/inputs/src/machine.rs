@@ -95,7 +95,7 @@ impl Machine {
         }
     }
 
-    /// I1, I2, I4, I7, I8, I9, I15.
+    /// I1, I2, I4, I7, I8, I9, I15 of docs/invariants.md.
     pub fn check(&mut self) {
         let state = self.device.save();
         check_domains(&state);

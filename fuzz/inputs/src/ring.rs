@@ -158,7 +158,7 @@ impl Run {
         }
     }
 
-    /// I11: nothing is written but the used ring and what a descriptor that was read says.
+    /// I11 of docs/invariants.md: nothing is written but the used ring and what a descriptor that was read says.
     fn check_writes(&self, before: &Image, races: &[Race], log: &[Access]) {
         let [_, _, used] = self.layout.parts();
         let mut allowed = vec![used];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Every seed, and every input that once showed a mistake, is checked again.
+//! Every seed, every input that once showed a mistake, and what campaigns found to be worth keeping is checked again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn inputs(kind: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn everything_that_is_kept_holds() {
+fn seeds_and_regressions_hold() {
     for Target { name, check, .. } in TARGETS {
         for (path, bytes) in inputs("seeds", name).into_iter().chain(inputs("regressions", name)) {
             println!("{}", path.display());
@@ -26,6 +26,20 @@ fn everything_that_is_kept_holds() {
             (0..bytes.len().min(64)).for_each(|length| check(&bytes[..length]));
         }
     }
+}
+
+/// As they are: there are thousands.
+#[test]
+fn what_campaigns_kept_holds() {
+    let mut count = 0;
+    for Target { name, check, .. } in TARGETS {
+        for (path, bytes) in inputs("corpus", name) {
+            println!("{}", path.display());
+            check(&bytes);
+            count += 1;
+        }
+    }
+    assert!(count > 1000, "only {count} inputs are there");
 }
 
 #[test]

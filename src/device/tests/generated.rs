@@ -302,7 +302,7 @@ impl Run {
         landscape
     }
 
-    /// I1, I6, I8, I9, I15, I16: whatever DMA reaches is guest memory, and what the guest asked for.
+    /// I1, I6, I8, I9, I15, I16 of docs/invariants.md: whatever DMA reaches is guest memory, and what the guest asked for.
     fn check_sound(&self) {
         for (index, page, flag, place) in self.landscape() {
             let endpoint = ALL[index];

@@ -150,7 +150,7 @@ impl Machine {
         self.host.dma(endpoint, iova, Access::READ)
     }
 
-    /// I1 and I2: the table of each group that is on a domain has exactly what the guest mapped, with exactly those
+    /// I1 and I2 of docs/invariants.md: the table of each group that is on a domain has exactly what the guest mapped, with exactly those
     /// permissions; a group whose attached members disagree is blocked (I9).
     fn check_invariants(&self) {
         let spaces = self.device.domains.values().filter_map(Domain::space);

@@ -173,6 +173,28 @@ fn accesses_of_one_that_is_removed_are_no_events() {
     assert_eq!(machine.device.first_fault().map(|fault| fault.endpoint), Some(EndpointId(0x21)));
     machine.device.take_fault();
     assert_eq!(machine.device.first_fault(), None);
+    for _ in 0..RefusedAccesses::CAPACITY + 3 {
+        let endpoint = EndpointId(0x21);
+        refused.push(RefusedAccess {
+            endpoint,
+            address: 0x5000,
+            access: Access::READ,
+            reason: RefusalReason::NotMapped,
+        });
+    }
+    assert_eq!(machine.device.statistics().faults_dropped, 3);
+    machine.device.remove_endpoint(EndpointId(0x21));
+    assert_eq!(machine.device.statistics().faults_dropped, 3, "what was counted stays so");
+}
+
+#[test]
+fn devices_that_somebody_bound_since_are_blocked_once_more() {
+    let mut machine = Machine::with(Flavour::Iommufd, Settings { boot_bypass: false, ..settings() });
+    assert_eq!(machine.reads(LONE, 0x1000), None);
+    machine.host.attach_elsewhere(LONE);
+    assert_eq!(machine.reads(LONE, 0x1000), Some(0x1000));
+    machine.device.devices_were_bound();
+    assert_eq!(machine.reads(LONE, 0x1000), None);
 }
 
 /// A group whose devices report what is refused.

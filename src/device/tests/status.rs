@@ -98,3 +98,18 @@ fn the_latest_faults_are_remembered_until_their_endpoint_goes() {
     assert_eq!(machine.device.faults_recorded(), 302);
     assert_eq!(told(&machine, 0).first(), Some(&(47, LEFT)), "and no more than 256");
 }
+
+#[test]
+fn groups_are_counted_and_what_holds_the_guest_here_is_named() {
+    let mut machine = Machine::new(Flavour::Iommufd);
+    assert_eq!(machine.device.group_counts(), GroupCounts { groups: 2, blocked: 0 });
+    for (domain, id) in [(1, LEFT), (1, RIGHT), (2, LEFT)] {
+        assert_eq!(machine.attach(domain, id), OK);
+    }
+    assert_eq!(machine.device.group_counts(), GroupCounts { groups: 2, blocked: 1 });
+    assert_eq!(machine.device.unmigratable_endpoint(), Some(LONE));
+    machine.host.allow_migration();
+    assert_eq!(machine.device.unmigratable_endpoint(), None);
+    assert_eq!(machine.device.view(LONE), Some(&msi_view()));
+    assert_eq!(machine.device.view(EndpointId(0x99)), None);
+}

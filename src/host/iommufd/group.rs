@@ -102,7 +102,7 @@ impl IommufdGroup {
     /// A device cannot be bound, or there is none.
     pub fn bound(iommufd: Arc<Iommufd>, devices: Vec<(EndpointId, VfioDevice)>) -> Result<Self, HostError> {
         if devices.is_empty() {
-            return Err(HostError::new(HostErrorKind::NotBound, "binding a group without devices", None));
+            return Err(HostError::new(HostErrorKind::Misuse, "binding a group without devices", None));
         }
         let bind = |(id, device): (_, VfioDevice)| {
             let number = Some(device.bind(&iommufd)?);
@@ -122,11 +122,8 @@ impl IommufdGroup {
     /// Whatever the kernel says; or the group was not bound here.
     pub fn with_pinned_source(mut self) -> Result<Self, HostError> {
         let Binding::Here { source } = &mut self.binding else {
-            return Err(HostError::new(
-                HostErrorKind::NotBound,
-                "pinning memory for a group that was bound elsewhere",
-                None,
-            ));
+            let action = "pinning memory for a group that was bound elsewhere";
+            return Err(HostError::new(HostErrorKind::Misuse, action, None));
         };
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         *source = Some(Arc::new(PinnedSource::new(&self.iommufd, state.device_number()?)?));

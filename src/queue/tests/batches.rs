@@ -59,11 +59,14 @@ fn a_large_map_is_completed_before_the_queue_stops() {
     let memory = memory();
     let mut bench = large_map(&memory);
     assert!(!bench.complete().unwrap(), "nothing is under way");
+    assert!(!bench.requests.is_under_way());
     assert!(bench.process().unwrap().more);
+    assert!(bench.requests.is_under_way());
     // vhost-user has the queue stopped before the device is asked.
     bench.queue.set_ready(false);
     assert!(matches!(bench.process(), Err(QueueError::NotReady)));
     assert!(bench.complete().unwrap());
+    assert!(!bench.requests.is_under_way());
     assert_eq!((bench.used(), bench.queue.next_avail()), (vec![(0, 4)], 1), "the next request stays in the queue");
     assert_eq!(reply(&memory, 0, 4), [0; 4]);
 }

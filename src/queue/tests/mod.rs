@@ -21,6 +21,7 @@ use crate::reserved::EndpointView;
 
 mod batches;
 mod chains;
+mod meddling;
 mod notifications;
 
 const SIZE: u16 = 16;

@@ -81,8 +81,8 @@ fn a_backend_that_is_not_what_the_guest_was_told_refuses_it_and_says_why() {
             "0xfee00000-0xfeefffff (msi) for endpoint 0000:00:03.0, and here it is no reserved region",
         ),
         (|terms| terms.endpoints[1].1[0].kind = ReservedKind::Reserved, "here it is 0xfee00000-0xfeefffff (reserved)"),
-        (|terms| terms.settings.max_domains = 1, "NoMemory"),
-        (|terms| terms.settings.max_mappings = 1, "NoMemory"),
+        (|terms| terms.settings.max_domains = 1, "NOMEM"),
+        (|terms| terms.settings.max_mappings = 1, "NOMEM"),
     ] {
         let said = refused(change);
         assert!(said.contains(expected), "{said}");

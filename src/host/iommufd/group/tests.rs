@@ -84,8 +84,8 @@ fn only_what_was_bound_here_can_be_pinned_for() {
     let kernel = FakeKernel::new();
     let (iommufd, devices) = (kernel.iommufd(), kernel.devices(&[ONE], &usable()));
     let error = IommufdGroup::shared(iommufd, devices).with_pinned_source().unwrap_err();
-    assert_eq!(error.kind, HostErrorKind::NotBound);
-    assert_eq!(IommufdGroup::bound(kernel.iommufd(), Vec::new()).unwrap_err().kind, HostErrorKind::NotBound);
+    assert_eq!(error.kind, HostErrorKind::Misuse);
+    assert_eq!(IommufdGroup::bound(kernel.iommufd(), Vec::new()).unwrap_err().kind, HostErrorKind::Misuse);
 }
 
 /// A group of two that a VMM, which has files of its own, has bound and attached to memory of its own at 0x9000.
