@@ -100,6 +100,8 @@ pub mod id;
 pub mod launch;
 mod mapping;
 pub mod memory;
+#[cfg(feature = "daemon")]
+mod paths;
 #[cfg(feature = "queue")]
 pub mod queue;
 pub mod range;

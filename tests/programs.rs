@@ -487,6 +487,7 @@ fn whoever_reads_no_further_hears_of_no_failure() {
         (&["plan", "--facts", facts, "--json"], 0),
         (&inspect, 0),
         (&[&inspect[..], &["--json"]].concat(), 0),
+        (&["memlock", "--memory=4K", "--page=4K"], 0),
         (&["check", "ffff:ff:1f.7"], 3),
         (&["check", "ffff:ff:1f.7", "--json"], 3),
     ] {

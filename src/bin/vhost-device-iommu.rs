@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use log::error;
 use virtio_iommu::causes::with_causes;
+use virtio_iommu::launch::output::{put, say};
 use virtio_iommu::launch::show;
 use virtio_iommu::reserved::report;
 use virtio_iommu::vhost_user::{
-    Arguments, CAPABILITIES, ServeError, asks_for_capabilities, check, finish_log, serve, start_log, watch_if_asked,
+    Arguments, CAPABILITIES, asks_for_capabilities, check, finish_log, serve, start_log, watch_if_asked,
 };
 
 fn main() -> ExitCode {
@@ -18,25 +19,30 @@ fn main() -> ExitCode {
         return code;
     }
     if asks_for_capabilities(std::env::args_os()) {
-        println!("{CAPABILITIES}");
-        return ExitCode::SUCCESS;
+        return print(&format!("{CAPABILITIES}\n"));
     }
     let arguments = Arguments::parse();
     start_log(arguments.log_level, arguments.log_format);
-    let result = if arguments.check { print_plan(&arguments) } else { serve(&arguments) };
-    let code = match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            error!("{}", with_causes(&failure));
-            ExitCode::from(failure.exit_code())
-        }
+    let result = if arguments.check {
+        check(&arguments).map(|plan| print(&if arguments.json { report::to_json(&plan) } else { show::plan(&plan) }))
+    } else {
+        serve(&arguments).map(|()| ExitCode::SUCCESS)
     };
+    let code = result.unwrap_or_else(|failure| {
+        error!("{}", with_causes(&failure));
+        ExitCode::from(failure.exit_code())
+    });
     finish_log();
     code
 }
 
-fn print_plan(arguments: &Arguments) -> Result<(), ServeError> {
-    let plan = check(arguments)?;
-    print!("{}", if arguments.json { report::to_json(&plan) } else { show::plan(&plan) });
-    Ok(())
+/// Prints what was asked for.
+fn print(text: &str) -> ExitCode {
+    match put(text) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(failure) => {
+            say(format_args!("vhost-device-iommu: {}", with_causes(&failure)));
+            ExitCode::FAILURE
+        }
+    }
 }

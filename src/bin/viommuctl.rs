@@ -3,19 +3,23 @@
 //! Looks at a host, prepares a guest, asks a running daemon: arguments in, exit code out.
 
 use std::error::Error;
+use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 use virtio_iommu::causes::with_causes;
-use virtio_iommu::id::{EndpointId, ParsePciAddressError, PciAddress};
+use virtio_iommu::device::Settings;
+use virtio_iommu::id::{EndpointId, PciAddress};
 use virtio_iommu::launch::check::{Question, check};
 use virtio_iommu::launch::inspect::inspect;
 use virtio_iommu::launch::memlock::{self, Demand, Grant};
 use virtio_iommu::launch::operate::Operation;
-use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, qemu, show};
+use virtio_iommu::launch::output::{OutputError, put, say};
+use virtio_iommu::launch::qemu::{self, MOST_PORTS};
+use virtio_iommu::launch::{Assignment, Directory, Launch, LaunchError, Size, picture, show};
 use virtio_iommu::range::IovaRange;
 use virtio_iommu::reserved::arguments::PolicyArguments;
 use virtio_iommu::reserved::facts::FactsFile;
@@ -116,10 +120,10 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 1)]
         devices: u64,
         /// What the daemon is given as --max-mappings.
-        #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+        #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS as u64)]
         max_mappings: u64,
         /// What the daemon is given as --max-mappings-in-all.
-        #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+        #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS_IN_ALL as u64)]
         max_mappings_in_all: u64,
         /// Print JSON.
         #[arg(long)]
@@ -139,17 +143,16 @@ enum Command {
     },
 }
 
-// QEMU puts its display, its network cards and whatever has no `addr=` into the first free slots of bus 0, from 00:01.0 on, the
-// display and the cards before any `-device`. So what has an address here is not among the first.
+/// Where the guest has the virtio-iommu, if nobody says: not where QEMU puts what has no address.
 const IOMMU_PLACE: &str = "00:1e.0";
-const FIRST_DEVICE_SLOT: usize = 8;
 
 #[derive(Debug, Args)]
 struct RunArguments {
     /// Addresses of the devices on the host. With --hotplug there need be none.
     #[arg(required_unless_present = "hotplug", value_name = "BDF")]
     devices: Vec<PciAddress>,
-    /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on.
+    /// Where the guest is to have each device, in the same order: by default 00:08.0, 00:09.0 and so on, but for the places of the
+    /// IOMMU and of ports.
     #[arg(long, value_name = "BDF,...", value_delimiter = ',')]
     guest: Vec<PciAddress>,
     /// Where the guest is to have the virtio-iommu.
@@ -162,11 +165,9 @@ struct RunArguments {
     /// `$XDG_RUNTIME_DIR` or /tmp. One that is there must belong to the user, who alone can write to it.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most 8. The daemon then has a control
-    /// socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: 00:10.0
-    /// and on, and no other bridges before them.
+    // What `--help` says of it has a number in it.
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_value_t = 0, default_missing_value = "4",
-        value_parser = clap::value_parser!(u8).range(0..=8))]
+        value_parser = clap::value_parser!(u8).range(0..=MOST_PORTS.into()), help = hotplug_help())]
     hotplug: u8,
     /// Do nothing, and print the lines that a shell could run instead.
     #[arg(long)]
@@ -177,6 +178,14 @@ struct RunArguments {
     /// QEMU and its arguments. `@IOMMU@` marks where to add to them; by default at the end.
     #[arg(last = true, required = true, value_name = "QEMU ARGUMENTS")]
     qemu: Vec<String>,
+}
+
+fn hotplug_help() -> String {
+    format!(
+        "How many devices can be added while the guest runs, at 01:00.0, 02:00.0 and so on; at most {MOST_PORTS}. The daemon then has \
+         a control socket and QEMU a monitor, both in the directory, and how to use them is printed. The guest needs ports of its own: \
+         00:10.0 and on, and no other bridges before them"
+    )
 }
 
 /// What went wrong, and the exit code for it: 1 run time, 2 usage, 3 host.
@@ -202,32 +211,27 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure(code, error)) => {
-            // Where nobody reads there is nobody to tell.
-            let _ = writeln!(io::stderr(), "viommuctl: {}", with_causes(error.as_ref()));
+            say(format_args!("viommuctl: {}", with_causes(error.as_ref())));
             ExitCode::from(code)
         }
     }
 }
 
-/// Writes to the standard output. That nobody reads on, as behind `| head`, is no failure.
-fn put(text: &str) -> Result<(), Failure> {
-    let mut output = io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure(1, format!("cannot write to the standard output: {error}").into()))
-        }
-        _ => Ok(()),
+impl From<OutputError> for Failure {
+    fn from(error: OutputError) -> Self {
+        Self(1, error.into())
     }
+}
+
+/// What is printed of an answer: JSON for programs, or a text for people.
+fn shown<T: Serialize + Display>(answer: &T, json: bool) -> Result<String, Failure> {
+    let text = if json { serde_json::to_string_pretty(answer) } else { Ok(answer.to_string()) };
+    text.map(|text| format!("{text}\n")).map_err(|error| Failure(1, error.into()))
 }
 
 fn run_check(question: &Question, json: bool) -> Result<(), Failure> {
     let report = check(&Host::default(), question);
-    let shown = if json {
-        serde_json::to_string_pretty(&report).map_err(|error| Failure(1, error.into()))?
-    } else {
-        report.to_string()
-    };
-    put(&format!("{shown}\n"))?;
+    put(&shown(&report, json)?)?;
     if report.ready { Ok(()) } else { Err(Failure(3, "this host is not ready: see above".into())) }
 }
 
@@ -236,11 +240,7 @@ fn run_memlock(demand: &Demand, json: bool) -> Result<(), Failure> {
         return Err(Failure(2, "--page must not be 0".into()));
     }
     let needs = memlock::needs(demand, Grant::of_this_process(), memlock::type1_limit());
-    if json {
-        println!("{}", serde_json::to_string_pretty(&needs).map_err(|error| Failure(1, error.into()))?);
-    } else {
-        println!("{needs}");
-    }
+    put(&shown(&needs, json)?)?;
     if needs.granted { Ok(()) } else { Err(Failure(3, "this host does not grant all of that: see above".into())) }
 }
 
@@ -248,9 +248,14 @@ impl RunArguments {
     fn launch(self) -> Result<Launch, Failure> {
         let mut guest = self.guest;
         if guest.is_empty() {
-            let slots = (FIRST_DEVICE_SLOT..).take(self.devices.len()).map(|slot| format!("00:{slot:02x}.0"));
-            let addresses: Result<_, ParsePciAddressError> = slots.map(|text| text.parse()).collect();
-            guest = addresses.map_err(|error| Failure(2, error.into()))?;
+            guest = qemu::free_places(self.iommu, self.hotplug).take(self.devices.len()).collect();
+            if guest.len() < self.devices.len() {
+                let (room, asked) = (guest.len(), self.devices.len());
+                let text = format!(
+                    "there is room for {room} devices on the guest's bus 0, not for {asked}: choose places with --guest"
+                );
+                return Err(Failure(2, text.into()));
+            }
         }
         let mut distinct = self.devices.clone();
         distinct.sort_unstable();
@@ -283,7 +288,8 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let sysfs = Sysfs::new("/sys");
     if print {
         let lines = launch.lines(&sysfs).map_err(|error| Failure(error.exit_code(), error.into()))?;
-        return put(&format!("{lines}\n"));
+        put(&format!("{lines}\n"))?;
+        return Ok(());
     }
     let memory = qemu::memory(&launch.qemu).map_err(LaunchError::from);
     let memory = memory.map_err(|error| Failure(error.exit_code(), error.into()))?;
@@ -291,7 +297,7 @@ fn run_launch(launch: &Launch, print: bool) -> Result<(), Failure> {
     let devices = launch.devices.iter().map(|device| device.host).collect();
     let report = check(&Host::default(), &Question { devices, qemu: program, memory });
     if !report.ready {
-        let _ = writeln!(io::stderr(), "{report}");
+        say(format_args!("{report}"));
         return Err(Failure(3, "this host is not ready: see above".into()));
     }
     let error = launch.start(&sysfs);
@@ -307,7 +313,8 @@ fn run_plan(facts: &Path, json: bool, svg: Option<PathBuf>) -> Result<(), Failur
     if let Some(path) = svg {
         draw(&file, &plan, &path)?;
     }
-    put(&if json { report::to_json(&plan) } else { show::plan(&plan) })
+    put(&if json { report::to_json(&plan) } else { show::plan(&plan) })?;
+    Ok(())
 }
 
 /// What `inspect` was asked for, besides devices.
@@ -371,10 +378,30 @@ mod tests {
         let given = Arguments::parse_from(["viommuctl", "run", "02:00.0", "03:00.0", "--", "qemu", "-m", "1G"]);
         let Command::Run(run) = given.command else { panic!("it is `run`") };
         let Ok(launch) = run.launch() else { panic!("nothing is wrong with it") };
-        let guest: Vec<String> = launch.devices.iter().map(|device| device.guest.to_string()).collect();
+        assert_eq!((launch.iommu.to_string().as_str(), guests(&launch)), ("0000:00:1e.0", vec![8, 9]));
+    }
+
+    /// In which slots the guest has the devices.
+    fn guests(launch: &Launch) -> Vec<u8> {
+        launch.devices.iter().map(|device| device.guest.device()).collect()
+    }
+
+    #[test]
+    fn many_devices_keep_off_the_ports_while_there_is_room() {
+        let run = |count: usize| {
+            let devices = (0..count).map(|bus| format!("{:02x}:00.0", bus + 1));
+            let words = ["viommuctl", "run", "--hotplug=2"].map(ToOwned::to_owned).into_iter().chain(devices);
+            let words = words.chain(["--", "qemu"].map(ToOwned::to_owned));
+            let Command::Run(run) = Arguments::parse_from(words).command else { panic!("it is `run`") };
+            run.launch()
+        };
+        let Ok(launch) = run(9) else { panic!("there is room") };
+        assert_eq!(guests(&launch), [0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x0e, 0x0f, 0x12]);
+        assert!(run(20).is_ok());
+        let Err(Failure(2, error)) = run(21) else { panic!("there is no room") };
         assert_eq!(
-            (launch.iommu.to_string().as_str(), guest),
-            ("0000:00:1e.0", vec!["0000:00:08.0".to_owned(), "0000:00:09.0".to_owned()])
+            error.to_string(),
+            "there is room for 20 devices on the guest's bus 0, not for 21: choose places with --guest"
         );
     }
 }

@@ -3,10 +3,10 @@
 //! Endpoints that are added while the guest runs, by the terms that it was given at the start: input range, page size, probe size.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::files::{DeviceFile, FileError, KeeperError};
+use super::files::{DeviceFile, DeviceFiles, FileError, KeeperError};
 use super::protocol::{Addition, Device, MOST_DEVICES};
 use super::registry::{AssignedDevice, Entries, Entry, MOST_ENDPOINTS, Registry};
 use crate::device::{Settings, SetupError};
@@ -154,7 +154,7 @@ impl Registry {
         let mut entries = self.entries();
         entries.check(addition, &numbers)?;
         check_members(*group, devices, &vfio_members.iter().map(|member| member.0).collect::<Vec<_>>())?;
-        let nodes = devices.iter().zip(&numbers).map(|(device, number)| self.node(device, *number));
+        let nodes = devices.iter().zip(&numbers).map(|(device, number)| self.node(maker.as_ref(), device, *number));
         let inodes = nodes.collect::<Result<Vec<_>, _>>()?;
         let plan = self.plan_for(devices)?;
 
@@ -194,12 +194,12 @@ impl Registry {
     }
 
     /// The inode of a device's node, which must be there and not be another device's.
-    fn node(&self, device: &Device, number: u64) -> Result<u64, AddError> {
+    fn node(&self, maker: &dyn DeviceFiles, device: &Device, number: u64) -> Result<u64, AddError> {
         let name = &device.node;
         // The name of a file, and no path.
         let is_plain = Path::new(name).file_name().is_some_and(|last| last == name.as_str());
         let metadata = is_plain.then(|| self.look_at_node(name)).flatten();
-        let own = metadata.filter(|node| !node.file_type().is_char_device() || node.rdev() == number);
+        let own = metadata.filter(|node| maker.is_node(node, number));
         own.map(|node| node.ino()).ok_or_else(|| AddError::NoNode { id: device.id.0, node: name.clone() })
     }
 

@@ -2,22 +2,19 @@
 
 //! The latest faults with the time at which they were seen, for clients that ask and those that follow.
 
-use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::protocol::{Address, Fault, FaultReason, Faults};
+use crate::access::Access;
 use crate::device::{self, RecordedFault, VirtioIommu};
 use crate::reserved::facts::Text;
 use crate::vhost_user::IommuBackend;
 
-/// How many are remembered: as many as the device remembers.
-const CAPACITY: usize = 256;
-
-/// The latest faults.
+/// The latest faults: those that the device remembers.
 #[derive(Debug, Default)]
 pub(super) struct FaultLog {
     seen: u64,
-    faults: VecDeque<Fault>,
+    faults: Vec<Fault>,
 }
 
 impl FaultLog {
@@ -34,8 +31,6 @@ impl FaultLog {
         self.seen = recorded;
         self.faults.retain(|fault| kept.binary_search(&fault.number).is_ok());
         self.faults.extend(new.iter().map(|recorded| fault(recorded, time)));
-        let surplus = self.faults.len().saturating_sub(CAPACITY);
-        self.faults.drain(..surplus);
     }
 
     /// Those with a higher number.
@@ -46,6 +41,21 @@ impl FaultLog {
     /// What is known of those with a higher number.
     pub fn tell(&self, after: u64) -> Faults {
         Faults { recorded: self.seen, faults: self.after(after).cloned().collect() }
+    }
+}
+
+impl From<&Fault> for device::Fault {
+    fn from(fault: &Fault) -> Self {
+        Self {
+            reason: match fault.reason {
+                FaultReason::Domain => device::FaultReason::Domain,
+                FaultReason::Mapping => device::FaultReason::Mapping,
+                FaultReason::Unknown => device::FaultReason::Unknown,
+            },
+            endpoint: fault.endpoint.0,
+            address: fault.address.map(|address| address.0.0),
+            access: Access { read: fault.read, write: fault.write },
+        }
     }
 }
 
@@ -63,5 +73,25 @@ fn fault(recorded: &RecordedFault, time: u64) -> Fault {
         address: address.map(|address| Text(Address(address))),
         read: access.read,
         write: access.write,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::EndpointId;
+
+    #[test]
+    fn what_is_told_of_a_fault_is_the_fault() {
+        for reason in [device::FaultReason::Domain, device::FaultReason::Mapping, device::FaultReason::Unknown] {
+            for (address, access) in
+                [(None, Access::NONE), (Some(0x5000), Access::READ), (Some(u64::MAX), Access::WRITE)]
+            {
+                let own = device::Fault { reason, endpoint: EndpointId(8), address, access };
+                let told = fault(&RecordedFault { number: 3, fault: own }, 7);
+                assert_eq!((told.number, told.time), (3, 7));
+                assert_eq!(device::Fault::from(&told), own);
+            }
+        }
     }
 }

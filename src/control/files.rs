@@ -3,8 +3,10 @@
 //! Devices by their files, as the registry needs them.
 
 use std::fmt;
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use crate::fd::{DeviceNumbers, VfioMajor, WrongFile};
@@ -24,12 +26,22 @@ pub trait DeviceFiles: fmt::Debug + Send + Sync {
     /// [`FileError`]
     fn identify(&self, file: BorrowedFd<'_>) -> Result<u64, FileError>;
 
+    /// Whether a node in the devices' directory is that of the device with this number: a character device's, and no link to it.
+    fn is_node(&self, node: &Metadata, number: u64) -> bool {
+        is_node_of(node, number)
+    }
+
     /// Makes a host group of files that were identified.
     ///
     /// # Errors
     ///
     /// [`FileError`]; the files are closed.
     fn group(&self, devices: Vec<DeviceFile>) -> Result<Arc<dyn HostGroup>, FileError>;
+}
+
+/// Whether a node is the character device with this number.
+pub(crate) fn is_node_of(node: &Metadata, number: u64) -> bool {
+    node.file_type().is_char_device() && node.rdev() == number
 }
 
 /// A file that no device can be had of.
@@ -110,4 +122,27 @@ pub trait Keeper: fmt::Debug + Send {
     ///
     /// [`KeeperError`]; it did not say so.
     fn release(&mut self, place: u8) -> Result<(), KeeperError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, symlink_metadata};
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_the_device_itself_is_its_node() {
+        let null = symlink_metadata("/dev/null").unwrap();
+        assert!(is_node_of(&null, null.rdev()));
+        assert!(!is_node_of(&null, null.rdev() + 1));
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        fs::write(&file, "").unwrap();
+        symlink("/dev/null", &link).unwrap();
+        for other in [file, link, directory.path().to_owned()] {
+            let other = symlink_metadata(other).unwrap();
+            assert!(!is_node_of(&other, other.rdev()) && !is_node_of(&other, null.rdev()));
+        }
+    }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::geteuid;
 
 use crate::fd::{AdoptError, adopt_listener};
+use crate::paths::directory_of;
 use crate::vhost_user::{SocketError, bind, examine as examine_socket};
 
 /// A control socket that cannot be had.
@@ -97,10 +98,6 @@ pub fn examine(place: Place<'_>) -> Result<(), ListenError> {
         }
         Place::Fd(number) => Ok(adopt_listener(number).map(drop)?),
     }
-}
-
-fn directory_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Makes sure that nobody else can rename or replace what is in a directory.

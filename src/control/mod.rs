@@ -14,6 +14,7 @@ mod counters;
 mod faults;
 mod files;
 mod level;
+pub(crate) mod lines;
 mod listener;
 pub(crate) mod passing;
 pub mod protocol;
@@ -24,6 +25,7 @@ mod service;
 #[doc(hidden)]
 pub use add::AddError;
 pub use client::{Client, ClientError};
+pub(crate) use files::is_node_of;
 #[doc(hidden)]
 pub use files::{DeviceFile, DeviceFiles, FileError, Keeper, KeeperError, VfioFiles};
 #[doc(hidden)]

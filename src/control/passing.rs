@@ -15,23 +15,38 @@ use rustix::net::{
 
 use super::protocol::MOST_DEVICES;
 
+/// How many files can come at once: include/net/scm.h, `SCM_MAX_FD`.
+pub(crate) const MOST_FILES: usize = 253;
+/// Room for so many.
+const LARGEST_SPACE: usize = cmsg_space!(ScmRights(MOST_FILES));
+
 /// What came.
 #[derive(Debug)]
 pub(crate) struct Received {
     /// How many bytes; 0 is the end of the stream.
     pub length: usize,
-    /// There were more files than [`MOST_DEVICES`]; the others are closed.
+    /// There were more files than were to be taken; the others are closed.
     pub files_lost: bool,
 }
 
-/// Receives what is there, and puts files that come with it to those that came before. They are closed on exec.
+/// Receives what is there, and puts files that come with it, at most [`MOST_DEVICES`], to those that came before. They are closed on
+/// exec.
 ///
 /// # Errors
 ///
 /// Whatever the kernel says; nothing was received then.
 pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<Received> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DEVICES))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    receive_at_most::<MOST_DEVICES>(socket, buffer, files)
+}
+
+/// As [`receive`], with at most so many files; no more than [`MOST_FILES`].
+pub(crate) fn receive_at_most<const MOST: usize>(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    files: &mut Vec<OwnedFd>,
+) -> io::Result<Received> {
+    let mut space = [MaybeUninit::uninit(); LARGEST_SPACE];
+    let mut ancillary = RecvAncillaryBuffer::new(space.get_mut(..cmsg_space!(ScmRights(MOST))).unwrap_or_default());
     let message = loop {
         let mut parts = [IoSliceMut::new(buffer)];
         match recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
@@ -46,8 +61,8 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8], files: &mut Vec<Owne
         }
     }
     // The room is rounded up.
-    let has_more = files.len() - before > MOST_DEVICES;
-    files.truncate(before + MOST_DEVICES);
+    let has_more = files.len() - before > MOST;
+    files.truncate(before + MOST);
     let files_lost = has_more || message.flags.contains(ReturnFlags::CTRUNC);
     Ok(Received { length: message.bytes, files_lost })
 }
@@ -57,11 +72,20 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8], files: &mut Vec<Owne
 /// # Errors
 ///
 /// Whatever the kernel says; a part may have been sent.
-pub(crate) fn send(socket: impl AsFd, mut bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DEVICES))];
+pub(crate) fn send(socket: impl AsFd, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_at_most::<MOST_DEVICES>(socket, bytes, files)
+}
+
+/// As [`send`], with at most so many files; no more than [`MOST_FILES`].
+pub(crate) fn send_at_most<const MOST: usize>(
+    socket: impl AsFd,
+    mut bytes: &[u8],
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); LARGEST_SPACE];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let too_many = || io::Error::other(format!("more than {MOST_DEVICES} files cannot be sent at once"));
-    if files.len() > MOST_DEVICES {
+    let too_many = || io::Error::other(format!("more than {MOST} files cannot be sent at once"));
+    if files.len() > MOST {
         return Err(too_many());
     }
     if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(files)) {

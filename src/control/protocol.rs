@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::counters::{Bucket, Count, Durations, Stats, Times};
 pub use super::level::Level;
+use crate::access::Access;
 use crate::id::{EndpointId, PciAddress};
 use crate::range::{ParseRangeError, parse_address};
 use crate::reserved::facts::{Facts, Text};
@@ -53,7 +54,7 @@ pub enum Request {
     List,
     /// Adds all devices of a host IOMMU group, whose files come with the line, in their order.
     Add(Addition),
-    /// Takes endpoints away. They are answered for when their files are closed.
+    /// Takes endpoints away. They are answered for when their files are closed; the answer names those that may not be.
     Remove {
         /// The endpoints, at most [`MOST_DEVICES`].
         endpoints: Vec<Text<EndpointId>>,
@@ -199,6 +200,19 @@ pub struct Removal {
     pub endpoints: Vec<Text<EndpointId>>,
     /// Endpoints of the same groups that stay: as long as the host does not take the devices away, they reach what these reach.
     pub siblings: Vec<Text<EndpointId>>,
+    /// Those of the endpoints whose files somebody else may hold still.
+    #[serde(default)]
+    pub held: Vec<Held>,
+}
+
+/// An endpoint that was removed and reaches nothing, but whose file the watcher did not say that it closed: before it does, the host
+/// cannot have the device back.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Held {
+    /// The endpoint.
+    pub endpoint: Text<EndpointId>,
+    /// Why, for people.
+    pub reason: String,
 }
 
 /// A domain.
@@ -240,6 +254,13 @@ pub struct Mapping {
     pub read: bool,
     /// Whether it may be written.
     pub write: bool,
+}
+
+impl Mapping {
+    /// What an endpoint may do there.
+    pub const fn access(&self) -> Access {
+        Access { read: self.read, write: self.write }
+    }
 }
 
 /// Faults.

@@ -2,18 +2,18 @@
 
 //! The endpoints of a daemon, each with its device on the host, and who else holds its file.
 //!
-//! Whoever takes an entry out, a client or the watch over the devices' nodes, removes the endpoint. The device is only locked under
-//! the registry's own lock, which the request queue never needs.
+//! Whoever takes an entry out, a client or the watch over the devices' nodes, removes the endpoint. Whoever needs both the registry's
+//! lock and the device's takes the registry's first; the request queue never needs it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
 
-use log::warn;
+use log::{info, warn};
 
 use super::files::{DeviceFiles, Keeper, KeeperError};
-use super::protocol;
+use super::protocol::{self, Held, Removal};
 use crate::causes::with_causes;
 use crate::device::{EndpointStatus, Translation};
 use crate::id::{EndpointId, PciAddress};
@@ -89,17 +89,6 @@ pub enum RemoveError {
     /// It is given twice, or nothing is given.
     #[error("give each endpoint that is to be removed once, at least one and at most {most}", most = protocol::MOST_DEVICES)]
     Count,
-    /// Whoever else holds the file did not say that it was closed.
-    #[error(
-        "endpoint {endpoint} was removed and reaches nothing, but the watcher did not say that it closed its file, before which the host \
-         cannot have the device back: {source}"
-    )]
-    Held {
-        /// The endpoint.
-        endpoint: EndpointId,
-        /// Why.
-        source: KeeperError,
-    },
 }
 
 impl Registry {
@@ -140,12 +129,12 @@ impl Registry {
     }
 
     /// Takes endpoints away: when this returns they reach nothing any more, unless a sibling of their group does, and their files are
-    /// closed. Those of their groups that stay are returned, ascending.
+    /// closed, but for those that are said to be held. Those of their groups that stay are returned, ascending.
     ///
     /// # Errors
     ///
-    /// [`RemoveError`]; nothing was changed, unless it says otherwise.
-    pub fn remove(&self, endpoints: &[EndpointId]) -> Result<Vec<EndpointId>, RemoveError> {
+    /// [`RemoveError`]; nothing was changed.
+    pub fn remove(&self, endpoints: &[EndpointId]) -> Result<Removal, RemoveError> {
         let distinct = endpoints.iter().enumerate().all(|(at, id)| endpoints.iter().take(at).all(|other| other != id));
         if !distinct || endpoints.is_empty() || endpoints.len() > protocol::MOST_DEVICES {
             return Err(RemoveError::Count);
@@ -154,17 +143,17 @@ impl Registry {
         if let Some(missing) = endpoints.iter().find(|id| entries.find(**id).is_none()) {
             return Err(RemoveError::NotFound(*missing));
         }
-        let mut groups = Vec::new();
-        let mut held = None;
+        let (mut groups, mut held) = (Vec::new(), Vec::new());
         for id in endpoints {
             let Some(entry) = entries.find(*id).map(|at| entries.list.remove(at)) else { continue };
             groups.push(entry.assigned.group);
-            if let Err(source) = self.let_go(&mut entries, &entry) {
-                held = Some(RemoveError::Held { endpoint: *id, source });
+            if let Err(error) = self.let_go(&mut entries, &entry) {
+                held.push(Held { endpoint: Text(*id), reason: with_causes(&error) });
             }
         }
         let siblings = entries.list.iter().filter(|entry| groups.contains(&entry.assigned.group)).map(Entry::id);
-        held.map_or_else(|| Ok(siblings.collect()), Err)
+        let siblings = siblings.map(Text).collect();
+        Ok(Removal { endpoints: endpoints.iter().copied().map(Text).collect(), siblings, held })
     }
 
     /// Takes away the endpoints whose nodes are gone: the host wants their devices back, and waits for them.
@@ -178,9 +167,8 @@ impl Registry {
         for entry in gone {
             let AssignedDevice { node, .. } = &entry.assigned;
             warn!("endpoint {}: the host takes its device back (/dev/{node} is gone)", entry.id());
-            if let Err(error) = self.let_go(&mut entries, &entry) {
-                warn!("endpoint {}: the watcher did not say that it closed its file: {error}", entry.id());
-            }
+            // That it may be held is in the log.
+            _ = self.let_go(&mut entries, &entry);
         }
     }
 
@@ -200,14 +188,18 @@ impl Registry {
         drop(keeper);
     }
 
-    /// Removes an endpoint whose entry was taken out.
+    /// Removes an endpoint whose entry was taken out. It is removed even if its file may be held still.
     fn let_go(&self, entries: &mut Entries, entry: &Entry) -> Result<(), KeeperError> {
         self.backend.remove_endpoint(entry.id());
-        match (&mut entries.keeper, entry.place) {
+        info!("endpoint {} was removed", entry.id());
+        let released = match (&mut entries.keeper, entry.place) {
             (Some(keeper), Some(place)) => keeper.release(place),
             (Some(_), None) => Err(KeeperError::Io(io::Error::other("its place is not known"))),
             (None, _) => Ok(()),
-        }
+        };
+        released.inspect_err(|error| {
+            warn!("endpoint {}: the watcher did not say that it closed its file: {}", entry.id(), with_causes(error));
+        })
     }
 
     /// A device's node, if it is there.

@@ -10,8 +10,7 @@ use log::info;
 use super::add::AddError;
 use super::faults::FaultLog;
 use super::protocol::{
-    Addition, Address, Domain, Fault, LARGEST_PAGE, Level, Mapping, Page, Refusal, RefusalKind, Removal, Reply,
-    Request, Stats,
+    Addition, Address, Domain, Fault, LARGEST_PAGE, Level, Mapping, Page, Refusal, RefusalKind, Reply, Request, Stats,
 };
 use super::registry::{Registry, RemoveError};
 use crate::causes::with_causes;
@@ -99,20 +98,11 @@ impl Service {
     fn remove(&self, endpoints: &[Text<EndpointId>]) -> Reply {
         let ids: Vec<EndpointId> = endpoints.iter().map(|id| id.0).collect();
         match self.registry.remove(&ids) {
-            Ok(siblings) => {
-                for id in &ids {
-                    info!("endpoint {id} was removed");
-                }
-                Reply::Removed(Removal {
-                    endpoints: endpoints.to_vec(),
-                    siblings: siblings.into_iter().map(Text).collect(),
-                })
-            }
+            Ok(removal) => Reply::Removed(removal),
             Err(error) => {
                 let kind = match &error {
                     RemoveError::NotFound(_) => RefusalKind::NotFound,
                     RemoveError::Count => RefusalKind::Malformed,
-                    RemoveError::Held { .. } => RefusalKind::Host,
                 };
                 refused(kind, with_causes(&error))
             }

@@ -39,6 +39,12 @@ pub struct Settings {
 impl Settings {
     /// Room for 64 properties.
     const DEFAULT_PROBE_SIZE: u32 = 1536;
+    /// How many domains there may be, if nothing else is chosen.
+    pub const DEFAULT_MAX_DOMAINS: usize = 4096;
+    /// How many mappings a domain may have, if nothing else is chosen.
+    pub const DEFAULT_MAX_MAPPINGS: usize = 1 << 20;
+    /// How many mappings all domains may have together, if nothing else is chosen.
+    pub const DEFAULT_MAX_MAPPINGS_IN_ALL: usize = 1 << 22;
 
     /// Defaults for a device that can map these addresses in pages of `granule` bytes, a power of two.
     pub const fn new(input_range: IovaRange, granule: u64) -> Self {
@@ -49,9 +55,9 @@ impl Settings {
             probe_size: Self::DEFAULT_PROBE_SIZE,
             boot_bypass: true,
             access_platform: false,
-            max_domains: 4096,
-            max_mappings: 1 << 20,
-            max_mappings_in_all: 1 << 22,
+            max_domains: Self::DEFAULT_MAX_DOMAINS,
+            max_mappings: Self::DEFAULT_MAX_MAPPINGS,
+            max_mappings_in_all: Self::DEFAULT_MAX_MAPPINGS_IN_ALL,
             map_step: 1 << 30,
         }
     }

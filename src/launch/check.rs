@@ -12,13 +12,14 @@ use std::process::Command;
 use serde::Serialize;
 
 use super::inspect::inspect;
-use super::memlock::{Grant, locked_at_most};
+use super::memlock::{Grant, how_to_raise, locked_at_most};
 use super::size::Size;
 use crate::causes::with_causes;
 use crate::id::PciAddress;
 use crate::reserved::gather::Host;
+use crate::reserved::plan::is_software_msi;
 use crate::reserved::sysfs::{IommuGroup, Sysfs, SysfsError};
-use crate::reserved::{HostFacts, HostRegion, HostRegionKind};
+use crate::reserved::{Driver, HostFacts, HostRegion, HostRegionKind};
 
 /// The device of QEMU that a vhost-user backend of any kind can be behind.
 pub(super) const QEMU_DEVICE: &str = "vhost-user-test-device-pci";
@@ -132,8 +133,8 @@ impl fmt::Display for Report {
 
 /// Looks at the host. Devices that are idle are attached to an empty address space for a moment.
 pub fn check(host: &Host, question: &Question) -> Report {
-    let findings =
-        vec![check_iommufd(), check_qemu(&question.qemu), check_memlock(question.memory, question.devices.len())];
+    let memlock = check_memlock(Grant::of_this_process(), question.memory, question.devices.len());
+    let findings = vec![check_iommufd(), check_qemu(&question.qemu), memlock];
     let devices: Vec<_> = question.devices.iter().map(|device| check_device(host, *device, question)).collect();
     let ready = all_well(&findings) && devices.iter().all(|device| device.ready);
     Report { ready, host: findings, devices }
@@ -174,28 +175,19 @@ fn check_qemu(qemu: &Path) -> Finding {
     }
 }
 
-fn check_memlock(memory: Option<Size>, devices: usize) -> Finding {
-    let limit = match Grant::of_this_process() {
-        Grant::Capability => return Finding::ok("locked memory is not limited for this user (CAP_IPC_LOCK)"),
-        Grant::Unlimited => return Finding::ok("locked memory is not limited"),
-        Grant::Limit(limit) => limit,
-    };
+fn check_memlock(grant: Grant, memory: Option<Size>, devices: usize) -> Finding {
+    let found = format!("memory that may be locked: {grant}");
     let Some(memory) = memory else {
         let remedy = "give the guest's memory with --memory to see whether that is enough";
-        return Finding::warning(format!("locked memory is limited to {}", Size(limit)), remedy);
+        return if grant.covers(u64::MAX) { Finding::ok(found) } else { Finding::warning(found, remedy) };
     };
-    let needed = Size(locked_at_most(memory.0, devices as u64));
-    if limit >= needed.0 {
-        return Finding::ok(format!("{} of locked memory is enough for a guest of {memory}", Size(limit)));
+    let needed = locked_at_most(memory.0, devices as u64);
+    if grant.covers(needed) {
+        return Finding::ok(format!("{found}, enough for a guest of {memory}"));
     }
-    Finding::no(
-        format!(
-            "locked memory is limited to {}, and a guest of {memory} may need {needed}: QEMU locks all of it, bypass all of \
-             it, and the guest's mappings up to all of it for each device",
-            Size(limit)
-        ),
-        format!("raise the limit: `ulimit -l {}`, or LimitMEMLOCK={needed} in a systemd unit", needed.0 >> 10),
-    )
+    let needed_for = "QEMU locks all of it, bypass all of it, and the guest's mappings up to all of it for each device";
+    let found = format!("{found}, and a guest of {memory} may need {}: {needed_for}", Size(needed));
+    Finding::no(found, how_to_raise(needed))
 }
 
 fn check_device(host: &Host, device: PciAddress, question: &Question) -> DeviceReport {
@@ -219,7 +211,8 @@ fn device_findings(host: &Host, device: PciAddress, question: &Question) -> Vec<
     let mut findings = vec![check_group_is_real(&sysfs, &group), check_driver(host, device)];
     findings.extend(check_members(&sysfs, device, &group, &question.devices));
     findings.push(check_direct(&group));
-    findings.extend(check_software_msi(&group));
+    let (driver, system) = (sysfs.iommu_driver(device).unwrap_or_default(), rustix::system::uname());
+    findings.extend(check_software_msi(&group, driver, &system.release().to_string_lossy()));
     if all_well(&findings) {
         findings.push(check_usable(host, device));
     }
@@ -257,10 +250,10 @@ fn check_driver(host: &Host, device: PciAddress) -> Finding {
     let remedy = |is_bound| how_to_bind(host, device, is_bound);
     let sysfs = Sysfs::new(&host.sysfs);
     match sysfs.driver(device) {
-        Ok(Some(driver)) if driver == "vfio-pci" => match sysfs.vfio_node(device) {
-            Ok(Some(node)) => Finding::ok(format!("bound to vfio-pci, as /dev/vfio/devices/{node}")),
+        Ok(Some(driver)) if sysfs.is_vfio(device).is_ok_and(|is_vfio| is_vfio) => match sysfs.vfio_node(device) {
+            Ok(Some(node)) => Finding::ok(format!("bound to {driver}, as /dev/vfio/devices/{node}")),
             _ => Finding::no(
-                "bound to vfio-pci, without a VFIO device file",
+                format!("bound to {driver}, without a VFIO device file"),
                 "use a kernel with CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later)",
             ),
         },
@@ -277,7 +270,7 @@ fn check_members(sysfs: &Sysfs, device: PciAddress, group: &IommuGroup, given: &
     let mut findings = Vec::new();
     for member in group.members.iter().filter(|member| **member != device && !given.contains(member)) {
         let Ok(Some(driver)) = sysfs.driver(*member) else { continue };
-        if driver.starts_with("vfio") {
+        if sysfs.is_vfio(*member).is_ok_and(|is_vfio| is_vfio) {
             findings.push(Finding::no(
                 format!("{member} is in the same group and bound to {driver}, but is not assigned"),
                 format!("assign {member} too, or unbind it"),
@@ -304,14 +297,9 @@ fn check_direct(group: &IommuGroup) -> Finding {
 }
 
 /// Before Linux 6.15 a device whose MSI doorbell is mapped by software could not change its address space.
-fn check_software_msi(group: &IommuGroup) -> Option<Finding> {
-    const SOFTWARE_MSI: (u64, u64) = (0x0800_0000, 0x080f_ffff);
-    let is_software = |region: &&HostRegion| {
-        region.kind == HostRegionKind::Msi && (region.range.start(), region.range.last()) == SOFTWARE_MSI
-    };
-    group.reserved_regions.iter().flatten().find(is_software)?;
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let facts = HostFacts { kernel: Some(release.clone()), ..HostFacts::default() };
+fn check_software_msi(group: &IommuGroup, driver: Driver, release: &str) -> Option<Finding> {
+    group.reserved_regions.iter().flatten().find(|region| is_software_msi(region, driver))?;
+    let facts = HostFacts { kernel: Some(release.to_owned()), ..HostFacts::default() };
     match facts.kernel_version() {
         Some(version) if version >= (6, 15) => None,
         Some(_) => Some(Finding::no(
@@ -370,7 +358,10 @@ mod tests {
         }
         for (function, driver) in ["0000:01:00.0", "0000:01:00.1"].iter().zip(drivers) {
             let device = directory.path().join("bus/pci/devices").join(function);
-            fs::create_dir_all(device.join("vfio-dev/vfio7")).unwrap();
+            fs::create_dir_all(&device).unwrap();
+            if driver.contains("vfio") {
+                fs::create_dir_all(device.join("vfio-dev/vfio7")).unwrap();
+            }
             symlink("../../../../kernel/iommu_groups/12", device.join("iommu_group")).unwrap();
             if !driver.is_empty() {
                 symlink(Path::new("../../drivers").join(driver), device.join("driver")).unwrap();
@@ -406,12 +397,17 @@ mod tests {
             noes(["vfio-pci", "vfio-pci"], MSI, None, first),
             "0000:01:00.1 is in the same group and bound to vfio-pci",
         );
+        one(
+            noes(["mlx5_vfio_pci", "mlx5_vfio_pci"], MSI, None, first),
+            "0000:01:00.1 is in the same group and bound to mlx5_vfio_pci, but is not assigned",
+        );
         one(noes(["vfio-pci", "e1000e"], MSI, None, first), "in use by the host (e1000e)");
         one(noes(["vfio-pci", "pcieport"], "0x1000 0x1fff direct\n", None, first), "0x1000-0x1fff mapped to itself");
         one(noes(["vfio-pci", ""], MSI, Some("vfio-noiommu\n"), first), "is no IOMMU group");
         one(noes(["vfio-pci", ""], MSI, None, &["0000:02:00.0"]), "there is no PCI device 0000:02:00.0");
         // Whatever else is well, this machine has no such device to attach.
-        one(noes(["vfio-pci", "vfio-pci"], MSI, None, both), "cannot be attached");
+        one(noes(["vfio-pci", "mlx5_vfio_pci"], MSI, None, both), "cannot be attached");
+        one(noes(["mlx5_vfio_pci", ""], MSI, None, first), "cannot be attached");
         one(noes(["vfio-pci", "pcieport"], MSI, Some("other\n"), first), "cannot be attached");
     }
 
@@ -440,6 +436,37 @@ mod tests {
         let host = Host { sysfs: tree.path().to_owned(), proc: tree.path().to_owned() };
         let said = who_uses(&host, "0000:01:00.0".parse().unwrap());
         assert!(said.contains("`fuser -v /dev/vfio/devices/vfio7`"), "{said}");
+    }
+
+    #[test]
+    fn a_doorbell_that_software_maps_needs_a_kernel_that_maps_it_anew() {
+        let verdict = |regions: &str, driver, release| {
+            let tree = tree(["vfio-pci", ""], regions, None);
+            let group = Sysfs::new(tree.path()).group("0000:01:00.0".parse().unwrap()).unwrap();
+            check_software_msi(&group, driver, release).map(|finding| finding.verdict)
+        };
+        let software = "0x0000000008000000 0x00000000080fffff msi\n";
+        assert_eq!(verdict(software, Driver::ArmSmmuV3, "6.14.9"), Some(Verdict::No));
+        assert_eq!(verdict(software, Driver::ArmSmmuV3, "6.15.0"), None);
+        assert_eq!(verdict(software, Driver::ArmSmmuV3, "strange"), Some(Verdict::Warning));
+        assert_eq!(verdict(software, Driver::IntelVtd, "6.14.9"), None);
+        assert_eq!(verdict(MSI, Driver::ArmSmmuV3, "6.14.9"), None);
+    }
+
+    #[test]
+    fn what_may_be_locked_is_compared_with_all_that_a_guest_may_need() {
+        let guest = Some(Size(1 << 30));
+        let verdict = |grant, memory| check_memlock(grant, memory, 2).verdict;
+        let limit = |bytes| Grant::Limit(bytes);
+        for grant in [Grant::Capability, Grant::Unlimited] {
+            assert_eq!((verdict(grant, guest), verdict(grant, None)), (Verdict::Ok, Verdict::Ok));
+        }
+        assert_eq!(verdict(limit(4 << 30), guest), Verdict::Ok);
+        assert_eq!(verdict(limit((4 << 30) - 1), guest), Verdict::No);
+        assert_eq!(verdict(limit(4 << 30), None), Verdict::Warning);
+        // What can be typed is enough.
+        let remedy = check_memlock(limit(0), Some(Size(1)), 0).remedy.unwrap();
+        assert!(remedy.contains("`ulimit -l 1`"), "{remedy}");
     }
 
     #[test]

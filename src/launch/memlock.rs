@@ -6,12 +6,13 @@
 //! own, in the one for bypass, and in that of each domain. A guest may have each device in a domain of its own, and all memory
 //! mapped in each.
 
+use std::fmt;
 use std::fs;
 
-use comfy_table::{Table, presets};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
+use super::show::table;
 use super::size::Size;
 
 /// What is to be worked out.
@@ -58,12 +59,14 @@ impl Grant {
             Self::Limit(limit) => bytes <= limit,
         }
     }
+}
 
-    fn describe(self) -> String {
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Capability => "unlimited (CAP_IPC_LOCK)".to_owned(),
-            Self::Unlimited => "unlimited (RLIMIT_MEMLOCK)".to_owned(),
-            Self::Limit(limit) => format!("{} (RLIMIT_MEMLOCK)", Size(limit)),
+            Self::Capability => f.write_str("unlimited (CAP_IPC_LOCK)"),
+            Self::Unlimited => f.write_str("unlimited (RLIMIT_MEMLOCK)"),
+            Self::Limit(limit) => write!(f, "{} (RLIMIT_MEMLOCK)", Size(*limit)),
         }
     }
 }
@@ -78,6 +81,15 @@ fn effective_capabilities() -> Option<u64> {
 pub const fn locked_at_most(memory: u64, devices: u64) -> u64 {
     // The VMM's own table and bypass, and each device's domain.
     memory.saturating_mul(devices.saturating_add(2))
+}
+
+/// What has so many bytes be locked. The shell counts in units of 1024, and half a one is none.
+pub(super) fn how_to_raise(locked: u64) -> String {
+    format!(
+        "raise the limit of VMM and daemon: `ulimit -l {}`, or LimitMEMLOCK={} in a systemd unit; or give both CAP_IPC_LOCK",
+        locked.div_ceil(1024),
+        Size(locked)
+    )
 }
 
 /// One thing that is needed.
@@ -127,7 +139,7 @@ pub fn needs(demand: &Demand, grant: Grant, type1_limit: Option<u64>) -> Needs {
         size("locked: bypass".to_owned(), memory),
         size(format!("locked: all memory mapped by the guest, in {devices} domains"), of_devices),
         Need {
-            granted: grant.describe(),
+            granted: grant.to_string(),
             enough: Some(grant.covers(locked)),
             ..size("locked in all".to_owned(), locked)
         },
@@ -150,11 +162,7 @@ pub fn needs(demand: &Demand, grant: Grant, type1_limit: Option<u64>) -> Needs {
     }
     let mut remedies = Vec::new();
     if !grant.covers(locked) {
-        remedies.push(format!(
-            "raise the limit of VMM and daemon: `ulimit -l {}`, or LimitMEMLOCK={} in a systemd unit; or give both CAP_IPC_LOCK",
-            locked.div_ceil(1024),
-            Size(locked)
-        ));
+        remedies.push(how_to_raise(locked));
     }
     if mappings > max_mappings {
         remedies.push(format!("give the daemon --max-mappings {mappings}, or the guest larger pages"));
@@ -171,10 +179,9 @@ pub fn type1_limit() -> Option<u64> {
     text.trim().parse().ok()
 }
 
-impl std::fmt::Display for Needs {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(["", "at most", "granted here", ""]);
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut table = table(&["", "at most", "granted here", ""]);
         for Need { what, needed, granted, enough, is_size } in &self.needs {
             let needed = if *is_size { Size(*needed).to_string() } else { needed.to_string() };
             let verdict = match enough {

@@ -7,9 +7,9 @@ mod directory;
 #[cfg(test)]
 mod fake_monitor;
 pub mod inspect;
-mod lines;
 pub mod memlock;
 pub mod operate;
+pub mod output;
 pub mod picture;
 pub mod plugging;
 pub mod qemu;

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::inspect::{Inspection, UsableError, inspect};
+use super::output::{OutputError, put, say};
 use super::plugging::{self, PlugError};
 use super::qemu::port_of_bus;
 use super::qmp::{Plug, Qmp, QmpError};
@@ -20,6 +21,7 @@ use super::show::table;
 use super::status;
 use crate::control::protocol::{Addition, Address, Device, Fault, FaultReason, Level, Mapping, Reply, Request};
 use crate::control::{Client, ClientError};
+use crate::device;
 use crate::fd::{AdoptError, FileKind, adopt};
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
@@ -53,7 +55,8 @@ pub enum Operation {
     /// are given the same files. Without --qmp, whoever started this gives the file to the VMM, binds and plugs it after this has
     /// returned, and then says so (`bound`).
     Add(AddArguments),
-    /// Takes endpoints away. When this returns, the daemon has let their devices go.
+    /// Takes endpoints away. When this returns, they reach nothing any more, and the daemon has let their devices go; if its watcher
+    /// may hold a device still, that is said.
     ///
     /// With --qmp one after the other, each when QEMU has it no more: what was removed and what was not is said.
     Remove {
@@ -187,9 +190,9 @@ pub enum OperateError {
     /// Devices that were not plugged, or not removed.
     #[error(transparent)]
     Plug(#[from] PlugError),
-    /// The output is gone.
-    #[error("cannot write")]
-    Output(#[source] io::Error),
+    /// The answer cannot be printed.
+    #[error(transparent)]
+    Output(#[from] OutputError),
 }
 
 impl OperateError {
@@ -236,9 +239,9 @@ impl Daemon {
     }
 }
 
+/// Prints an answer. If nobody reads it, there is no more to do.
 fn print(text: &str) -> Done {
-    let mut output = io::stdout().lock();
-    output.write_all(text.as_bytes()).and_then(|()| output.flush()).map_err(OperateError::Output)
+    Ok(put(text).map(drop)?)
 }
 
 fn json_line(value: &impl serde::Serialize) -> String {
@@ -263,7 +266,9 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
     };
     let show = |fault: &Fault| if json { json_line(fault) } else { show_fault(fault) };
     for fault in &faults.faults {
-        print(&show(fault))?;
+        if !put(&show(fault))? {
+            return Ok(());
+        }
     }
     if !follow {
         return Ok(());
@@ -279,28 +284,20 @@ fn faults(daemon: &Daemon, after: u64, follow: bool, json: bool) -> Done {
         };
         let missing = fault.number.saturating_sub(last).saturating_sub(1);
         if missing > 0 {
-            eprintln!("viommuctl: {missing} faults came too fast to be shown");
+            say(format_args!("viommuctl: {missing} faults came too fast to be shown"));
         }
         last = fault.number;
-        print(&show(&fault))?;
+        if !put(&show(&fault))? {
+            return Ok(());
+        }
     }
 }
 
 fn show_fault(fault: &Fault) -> String {
-    let Fault { number, time, endpoint, reason, address, read, write } = fault;
-    let address = address.map_or_else(String::new, |Text(address)| format!(" to {address}"));
-    let access = match (read, write) {
-        (true, true) => "read-write access",
-        (true, false) => "read",
-        (false, true) => "write",
-        (false, false) => "access",
-    };
-    let why = match reason {
-        FaultReason::Domain => "the endpoint is in no domain, or blocked",
-        FaultReason::Mapping => "nothing is mapped there, or not for this access",
-        FaultReason::Unknown => "for a reason of the host's, which the daemon's log says",
-    };
-    format!("{}.{:03} #{number} endpoint {}: {access}{address} refused: {why}\n", time / 1000, time % 1000, endpoint.0)
+    let Fault { number, time, reason, .. } = fault;
+    let more =
+        if *reason == FaultReason::Unknown { ", for a reason of the host's that the daemon's log says" } else { "" };
+    format!("{}.{:03} #{number} {}{more}\n", time / 1000, time % 1000, device::Fault::from(fault))
 }
 
 fn mappings(daemon: &Daemon, domain: u32, json: bool) -> Done {
@@ -322,14 +319,8 @@ fn mappings(daemon: &Daemon, domain: u32, json: bool) -> Done {
 }
 
 fn show_mapping(mapping: &Mapping) -> String {
-    let Mapping { start, end, physical, read, write } = mapping;
-    let access = match (read, write) {
-        (true, true) => "read-write",
-        (true, false) => "read-only",
-        (false, true) => "write-only",
-        (false, false) => "no access",
-    };
-    format!("{}-{} to {} {access}\n", start.0, end.0, physical.0)
+    let Mapping { start, end, physical, .. } = mapping;
+    format!("{}-{} to {} {}\n", start.0, end.0, physical.0, mapping.access())
 }
 
 fn told(daemon: &Daemon, json: bool) -> Done {
@@ -450,12 +441,7 @@ impl AddArguments {
             );
             return Err(OperateError::Usage(text));
         }
-        let mut vfio_members = Vec::new();
-        for member in &first.members {
-            if sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio")) {
-                vfio_members.push(Text(*member));
-            }
-        }
+        let vfio_members = sysfs.vfio_members(first)?.into_iter().map(Text).collect();
         Ok((Addition { group: first.number, vfio_members, devices }, nodes))
     }
 }

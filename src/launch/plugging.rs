@@ -7,9 +7,10 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use super::operate::OperateError;
+use super::output::say;
 use super::qmp::{Plug, Qmp, QmpError, Unplugged};
 use crate::causes::with_causes;
-use crate::control::protocol::{RefusalKind, Reply, Request};
+use crate::control::protocol::{Held, RefusalKind, Reply, Request};
 use crate::control::{Client, ClientError};
 use crate::id::{EndpointId, PciAddress};
 use crate::reserved::facts::Text;
@@ -81,7 +82,7 @@ fn list(endpoints: &[EndpointId]) -> String {
 }
 
 /// Whether two functions are of one slot.
-fn share_slot(one: PciAddress, other: PciAddress) -> bool {
+pub(super) fn share_slot(one: PciAddress, other: PciAddress) -> bool {
     (one.segment(), one.bus(), one.device()) == (other.segment(), other.bus(), other.device())
 }
 
@@ -138,7 +139,7 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
             Err(error) => {
                 left.push(guest.into());
                 let is_lost = is_lost(&error);
-                eprintln!("viommuctl: {guest} was not taken from the guest: {}", with_causes(&error));
+                say(format_args!("viommuctl: {guest} was not taken from the guest: {}", with_causes(&error)));
                 if is_lost {
                     break;
                 }
@@ -147,7 +148,7 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
     }
     left.extend(waiting.map(EndpointId::from));
     if let Err(error) = forget(client, &removed) {
-        eprintln!("viommuctl: {} not taken from the daemon: {}", list(&removed), with_causes(&error));
+        say(format_args!("viommuctl: {} not taken from the daemon: {}", list(&removed), with_causes(&error)));
         left.extend(removed);
     }
     left
@@ -186,7 +187,7 @@ fn unplug_all(client: &mut Client, monitor: &mut Qmp, endpoints: &[EndpointId]) 
             }
             Err(error) => {
                 left.push(endpoint);
-                eprintln!("viommuctl: {endpoint} was not removed: {}", with_causes(&error));
+                say(format_args!("viommuctl: {endpoint} was not removed: {}", with_causes(&error)));
                 match error {
                     OperateError::Daemon(ClientError::Refused(_)) => (),
                     OperateError::Qmp(error) if !is_lost(&error) => (),
@@ -218,19 +219,28 @@ fn unplug(client: &mut Client, monitor: &mut Qmp, endpoint: EndpointId) -> Resul
     }
 }
 
-/// Takes endpoints from the daemon, all or none. Their siblings that stay are returned.
+/// Takes endpoints from the daemon, all or none. Their siblings that stay are returned. That files may be held still is said.
 fn forget(client: &mut Client, endpoints: &[EndpointId]) -> Result<Vec<EndpointId>, OperateError> {
     match client.ask(Request::Remove { endpoints: endpoints.iter().copied().map(Text).collect() })? {
-        Reply::Removed(removal) => Ok(removal.siblings.into_iter().map(|sibling| sibling.0).collect()),
+        Reply::Removed(removal) => {
+            for Held { endpoint, reason } in &removal.held {
+                say(format_args!(
+                    "viommuctl: {} was removed and reaches nothing, but the host cannot have its device back yet: the watcher did not \
+                     say that it closed its file: {reason}",
+                    endpoint.0
+                ));
+            }
+            Ok(removal.siblings.into_iter().map(|sibling| sibling.0).collect())
+        }
         _ => Err(OperateError::Unexpected),
     }
 }
 
 fn tell_siblings(siblings: &[EndpointId]) {
     for sibling in siblings {
-        eprintln!(
+        say(format_args!(
             "viommuctl: {sibling} of the same host group stays: until the host has the devices back, they reach what it reaches"
-        );
+        ));
     }
 }
 

@@ -2,20 +2,25 @@
 
 //! What QEMU's command line needs for a guest behind the daemon.
 
+use std::ops::RangeInclusive;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use super::check::QEMU_DEVICE;
+use super::plugging::share_slot;
 use super::size::{ParseSizeError, Size};
-use crate::id::PciAddress;
+use crate::id::{EndpointId, PciAddress};
 use crate::spec;
 
 /// What QEMU calls its iommufd.
 pub(super) const IOMMUFD: &str = "viommu-iommufd";
-/// Where the first of the ports for devices that are added later is, on the root bus.
+/// In which slot of the root bus the first of the ports for devices that are added later is.
 const FIRST_PORT: u8 = 0x10;
 /// How many ports there can be.
 pub const MOST_PORTS: u8 = 8;
+/// In which slots of the root bus devices are, if nobody says. QEMU puts its display, its network cards and whatever has no `addr=` into
+/// the first ones that are free, the display and the cards before any `-device`; q35 has its own devices in the last one.
+const DEVICE_SLOTS: RangeInclusive<u8> = 0x08..=0x1e;
 
 /// Marks the place in a command line where the arguments go; without it they go to the end.
 const PLACE: &str = "@IOMMU@";
@@ -45,6 +50,17 @@ pub struct Hotplug {
     pub ports: u8,
     /// Where QEMU's monitor listens.
     pub monitor: PathBuf,
+}
+
+/// Where devices can be on the root bus, in order, that leave room for the IOMMU and ports for others.
+pub fn free_places(iommu: PciAddress, ports: u8) -> impl Iterator<Item = PciAddress> {
+    let places = DEVICE_SLOTS.map(|slot| PciAddress::from(EndpointId(u32::from(slot) << 3)));
+    places.filter(move |place| !share_slot(*place, iommu) && !is_in_slot_of_port(*place, ports))
+}
+
+fn is_in_slot_of_port(place: PciAddress, ports: u8) -> bool {
+    let is_on_root_bus = (place.segment(), place.bus()) == (0, 0);
+    is_on_root_bus && place.device().checked_sub(FIRST_PORT).is_some_and(|index| index < ports)
 }
 
 /// What QEMU calls the port whose bus has this number in the guest; `None` for the root bus.
@@ -77,6 +93,11 @@ pub enum QemuError {
     /// A function is not where QEMU's root bus is.
     #[error("{0} is not on bus 0 of segment 0, where the guest's devices are put")]
     NotOnRootBus(PciAddress),
+    /// A function is where a port is.
+    #[error(
+        "{0} is where the guest has a port for devices that come later: choose another place with --guest or --iommu"
+    )]
+    OnPort(PciAddress),
 }
 
 /// How much memory the guest is to have, by `-m`.
@@ -123,6 +144,10 @@ pub(super) fn command(command: &[String], parts: &Parts) -> Result<Vec<String>, 
         added.extend(["-device".to_owned(), device]);
     }
     if let Some(Hotplug { ports, monitor }) = &parts.hotplug {
+        let mut taken = parts.devices.iter().map(|(guest, _)| *guest).chain([parts.iommu]);
+        if let Some(place) = taken.find(|place| is_in_slot_of_port(*place, *ports)) {
+            return Err(QemuError::OnPort(place));
+        }
         added.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", escape(monitor))]);
         for index in 0..*ports {
             let (id, number, place) = (port(index), index + 1, FIRST_PORT + index);
@@ -252,6 +277,33 @@ mod tests {
              -device pcie-root-port,id=viommu-port1,bus=pcie.0,addr=11.0,chassis=2,slot=2";
         assert!(made.ends_with(expected), "{made}");
         assert_eq!((port_of_bus(2), port_of_bus(0)), (Some("viommu-port1".to_owned()), None));
+    }
+
+    #[test]
+    fn nothing_is_put_where_a_port_is() {
+        let hotplug = || Some(Hotplug { ports: 2, monitor: "/run/qmp.sock".into() });
+        for (iommu, device, taken) in [
+            ("00:01.0", "00:0f.7", None),
+            ("00:01.0", "00:12.0", None),
+            ("00:01.0", "00:10.0", Some("00:10.0")),
+            ("00:01.0", "00:11.7", Some("00:11.7")),
+            ("00:10.0", "00:03.0", Some("00:10.0")),
+        ] {
+            let devices = vec![(device.parse().unwrap(), 9)];
+            let parts = Parts { iommu: iommu.parse().unwrap(), devices, hotplug: hotplug(), ..parts() };
+            let error = command(&words("qemu -m 1G"), &parts).err();
+            assert_eq!(error, taken.map(|taken| QemuError::OnPort(taken.parse().unwrap())));
+        }
+    }
+
+    #[test]
+    fn places_are_free_of_the_iommu_and_of_ports() {
+        let places = |iommu: &str, ports| -> Vec<u8> {
+            let places = free_places(iommu.parse().unwrap(), ports);
+            places.map(PciAddress::device).collect()
+        };
+        assert_eq!(places("00:1e.0", 0), (0x08..0x1e).collect::<Vec<_>>());
+        assert_eq!(places("00:09.0", 4), [0x08].into_iter().chain(0x0a..0x10).chain(0x14..0x1f).collect::<Vec<_>>());
     }
 
     #[test]

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::lines::Lines;
+use super::output::say;
+use crate::control::lines::Lines;
 use crate::control::passing::send;
 use crate::id::PciAddress;
 
@@ -152,8 +153,9 @@ impl Qmp {
             Ok(stream)
         });
         let stream = stream.map_err(|source| QmpError::Connect { path: path.to_owned(), source })?;
-        let mut qmp =
-            Self { lines: Lines::new(stream), patience, is_out_of_step: false, deleted: Vec::new(), kept: Vec::new() };
+        // More than it needs for all PCI devices of a guest.
+        let lines = Lines::new(stream, 1 << 20);
+        let mut qmp = Self { lines, patience, is_out_of_step: false, deleted: Vec::new(), kept: Vec::new() };
         // The greeting.
         qmp.next(Instant::now() + patience.answer)?;
         qmp.execute("qmp_capabilities", &json!({}), &[])?;
@@ -187,12 +189,12 @@ impl Qmp {
             Err(QmpError::Broken(error)) if is_timeout(&error) => (),
             result => return result.map(|_| ()),
         }
-        eprintln!(
+        say(format_args!(
             "viommuctl: QEMU still plugs {}: it pins the guest's memory, which takes long if there is much; it is waited for, for up to \
              {} minutes",
             plug.guest,
             self.patience.plug.as_secs() / 60
-        );
+        ));
         self.answer("device_add", start + self.patience.plug).map(|_| ())
     }
 

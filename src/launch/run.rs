@@ -15,6 +15,7 @@ use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use super::directory::{Directory, DirectoryError};
 use super::inspect::inspect;
+use super::output::say;
 use super::qemu::{self, Hotplug, Parts, QemuError, quote};
 use crate::causes::with_causes;
 use crate::id::{EndpointId, PciAddress};
@@ -162,7 +163,7 @@ impl Launch {
         Ok(Commands { daemon, qemu: qemu::command(&self.qemu, &parts)? })
     }
 
-    /// The guest's table, which also makes sure that no place is taken twice.
+    /// The guest's table, which also makes sure that no place is taken twice. Of the ports' places QEMU's command line makes sure.
     fn viot(&self) -> Result<Vec<u8>, LaunchError> {
         let mut functions: Vec<PciFunctions> =
             self.devices.iter().map(|device| PciFunctions::from(device.guest)).collect();
@@ -255,7 +256,8 @@ impl Launch {
     }
 
     fn try_start(&self, sysfs: &Sysfs) -> Result<std::convert::Infallible, LaunchError> {
-        // What is wrong with the arguments is said before anything is touched.
+        // What is wrong with the arguments is said before a file is made or opened. (Whether the host is ready was looked at
+        // before, for which idle devices are attached for a moment.)
         self.commands(0, &vec![0; self.devices.len()])?;
         let table = self.viot()?;
         let facts = self.gather_facts()?;
@@ -272,7 +274,7 @@ impl Launch {
         let commands = self.commands(iommufd.as_raw_fd(), &numbers)?;
         self.start_daemon(&commands.daemon)?;
         if self.hotplug > 0 {
-            eprintln!("{}", self.how_to_add());
+            say(format_args!("{}", self.how_to_add()));
         }
 
         let mut words = commands.qemu.iter();

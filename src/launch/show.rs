@@ -45,9 +45,7 @@ pub fn inspection(device: PciAddress, inspection: &Inspection, plan: Option<&Pla
     let mut rows = rows(facts);
     rows.extend(planned.iter().flat_map(|planned| unexplained(facts, planned)));
     rows.sort_by(|a, b| (a.range, &a.says).cmp(&(b.range, &b.says)));
-    let mut table = Table::new();
-    let header = ["range", "size", "the host says", "the guest is told", "why", "source"];
-    table.load_preset(presets::NOTHING).set_header(header);
+    let mut table = table(&["range", "size", "the host says", "the guest is told", "why", "source"]);
     for Row { range, says, source, told } in rows {
         let told = told.or_else(|| Some(self::told(plan?.input_range, planned?, range)));
         let Told { what, why } = match told.unwrap_or_default() {
@@ -87,8 +85,7 @@ pub fn plan(plan: &Plan) -> String {
     let mut text = format!("input range: {}\n", plan.input_range);
     for planned in &plan.endpoints {
         push_line(&mut text, &planned.id.to_string());
-        let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(["range", "size", "the guest is told", "why"]);
+        let mut table = table(&["range", "size", "the guest is told", "why"]);
         for region in planned.view.reported() {
             table.add_row([&region.range.to_string(), &human_size(region.range), &region.kind.to_string(), ""]);
         }

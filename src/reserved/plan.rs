@@ -203,7 +203,7 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
                 *shown = shown.union(&withheld);
             }
         }
-        if is_software_msi(region, facts)
+        if is_software_msi(region, facts.driver)
             && let Some(inbound) = &facts.inbound
             && !inbound.covers(range)
         {
@@ -225,10 +225,11 @@ fn look_at(facts: &HostFacts, policy: &Policy) -> Findings {
     Findings { usable, reserved, windows_shown, advisories }
 }
 
-fn is_software_msi(region: &HostRegion, facts: &HostFacts) -> bool {
+/// Whether a region is where Linux maps the doorbell by software.
+pub(crate) fn is_software_msi(region: &HostRegion, driver: Driver) -> bool {
     region.kind == HostRegionKind::Msi
         && region.range == SOFTWARE_MSI
-        && matches!(facts.driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
+        && matches!(driver, Driver::ArmSmmu | Driver::ArmSmmuV3 | Driver::Virtio)
 }
 
 /// From the lowest to the highest address that any endpoint can use, unless the operator says otherwise; in any case no wider

@@ -137,7 +137,7 @@ impl EndpointPlan {
     pub fn log(&self) {
         let id = self.id;
         for region in self.view.reported() {
-            info!("endpoint {id}: {} is reported as {:?}", region.range, region.kind);
+            info!("endpoint {id}: {} is reported as {}", region.range, region.kind);
         }
         for withheld in &self.withheld {
             let (range, reason) = (withheld.range, reason_name(withheld.reason));

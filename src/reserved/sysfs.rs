@@ -140,12 +140,40 @@ impl Sysfs {
         Ok(names(&directory)?.into_iter().find(|name| name.starts_with("vfio")))
     }
 
+    /// Whether a device is VFIO's to hand out: bound to vfio-pci, or to a driver for its kind that builds on it (`mlx5_vfio_pci`).
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn is_vfio(&self, address: PciAddress) -> Result<bool, SysfsError> {
+        // From Linux 6.1 on VFIO has a device of its own below each (drivers/vfio/vfio_main.c). Before, only the name tells.
+        let is_named_so = || Ok(self.driver(address)?.is_some_and(|driver| driver.contains("vfio")));
+        if self.vfio_node(address)?.is_some() { Ok(true) } else { is_named_so() }
+    }
+
+    /// The members of a group that are VFIO's to hand out.
+    ///
+    /// # Errors
+    ///
+    /// [`SysfsError`]
+    #[cfg(any(test, feature = "daemon"))]
+    pub(crate) fn vfio_members(&self, group: &IommuGroup) -> Result<Vec<PciAddress>, SysfsError> {
+        let mut found = Vec::new();
+        for member in &group.members {
+            if self.is_vfio(*member)? {
+                found.push(*member);
+            }
+        }
+        Ok(found)
+    }
+
     /// Which driver the IOMMU in front of a device has.
     ///
     /// # Errors
     ///
     /// [`SysfsError`]
-    pub(super) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
+    pub(crate) fn iommu_driver(&self, address: PciAddress) -> Result<Driver, SysfsError> {
         Ok(iommu::driver(&self.device(address)?))
     }
 
@@ -323,6 +351,32 @@ mod tests {
         assert_eq!(sysfs.driver(first).unwrap().as_deref(), Some("vfio-pci"));
         assert_eq!(sysfs.vfio_node(first).unwrap().as_deref(), Some("vfio7"));
         assert_eq!(sysfs.iommu_driver(first).unwrap(), Driver::IntelVtd);
+    }
+
+    #[test]
+    fn vfio_has_what_any_driver_of_its_kind_has() {
+        let (tree, sysfs) = tree("");
+        let group = sysfs.group(address("01:00.0")).unwrap();
+        let device = |function| tree.path().join("bus/pci/devices").join(function);
+        let bind = |function, driver: &str| {
+            fs::remove_file(device(function).join("driver")).unwrap();
+            symlink(Path::new("../../../../bus/pci/drivers").join(driver), device(function).join("driver")).unwrap();
+        };
+        assert_eq!(sysfs.vfio_members(&group).unwrap(), group.members);
+        // Whatever the driver is called.
+        bind("0000:01:00.0", "mlx5_passthrough");
+        assert_eq!(sysfs.vfio_members(&group).unwrap(), group.members);
+        // Before Linux 6.1.
+        fs::remove_dir_all(device("0000:01:00.1").join("vfio-dev")).unwrap();
+        for driver in ["vfio-pci", "mlx5_vfio_pci", "nvgrace-gpu-vfio-pci", "hisi-acc-vfio-pci"] {
+            bind("0000:01:00.1", driver);
+            assert_eq!(sysfs.vfio_members(&group).unwrap(), group.members, "{driver}");
+        }
+        bind("0000:01:00.1", "mlx5_core");
+        assert_eq!(sysfs.vfio_members(&group).unwrap(), [address("01:00.0")]);
+        fs::remove_file(device("0000:01:00.1").join("driver")).unwrap();
+        assert!(!sysfs.is_vfio(address("01:00.1")).unwrap());
+        assert!(sysfs.is_vfio(address("03:00.0")).is_err());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use landlock::{
 };
 
 use super::SandboxError;
+use crate::paths::directory_of;
 
 /// What is asked for; the kernel gives what it has of it.
 const NEWEST: ABI = ABI::V10;
@@ -35,7 +36,7 @@ pub(super) fn give_up(sockets: &[PathBuf], replaced: Option<&Path>) -> Result<Op
     let removing = sockets.iter().map(|path| (path.as_path(), BitFlags::from(AccessFs::RemoveFile)));
     let replacing = AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::RemoveFile;
     for (path, access) in removing.chain(replaced.map(|path| (path, replacing))) {
-        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let directory = directory_of(path);
         // Nothing is to be removed where nothing was made.
         if !directory.exists() {
             continue;

@@ -13,6 +13,7 @@ use clap::{Parser, ValueEnum};
 use super::backend::OnStop;
 use super::logging::LogFormat;
 use crate::control::Place;
+use crate::device::Settings;
 use crate::id::{EndpointId, PciAddress};
 use crate::queue::Polling;
 use crate::reserved::arguments::PolicyArguments;
@@ -117,15 +118,15 @@ pub struct Arguments {
     pub access_platform: bool,
 
     /// How many mappings a guest domain may have.
-    #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+    #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS)]
     pub max_mappings: usize,
 
     /// How many mappings all guest domains may have together.
-    #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+    #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_MAPPINGS_IN_ALL)]
     pub max_mappings_in_all: usize,
 
     /// How many domains a guest may have.
-    #[arg(long, value_name = "N", default_value_t = 4096)]
+    #[arg(long, value_name = "N", default_value_t = Settings::DEFAULT_MAX_DOMAINS)]
     pub max_domains: usize,
 
     /// Write what is counted and measured to this file, in Prometheus' text format, for a collector such as `node_exporter`'s

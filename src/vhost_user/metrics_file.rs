@@ -20,6 +20,7 @@ use rustix::io::Errno;
 
 use super::backend::IommuBackend;
 use super::metrics::encode;
+use crate::paths::directory_of;
 use crate::sandbox::{Sandbox, StartError, ThreadKind};
 
 /// Metrics cannot be written.
@@ -57,10 +58,7 @@ impl MetricsFile {
     /// [`MetricsError`]
     pub fn open(path: &Path) -> Result<Self, MetricsError> {
         let name = path.file_name().ok_or_else(|| MetricsError::Name(path.to_owned()))?.to_owned();
-        let parent = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
+        let parent = directory_of(path);
         let failed = |errno: Errno| MetricsError::Directory(parent.to_owned(), errno.into());
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = openat(CWD, parent, flags, Mode::empty()).map_err(failed)?;
@@ -94,17 +92,32 @@ impl MetricsFile {
         self.write(&encode(backend.counted()).map_err(io::Error::other)?)
     }
 
-    /// Writes it for the first time.
+    /// Writes it for the first time. From here on it is this process's.
     ///
     /// # Errors
     ///
     /// [`MetricsError::Write`]
-    pub fn begin(&self, backend: &IommuBackend) -> Result<(), MetricsError> {
-        self.write_metrics(backend).map_err(|error| MetricsError::Write(self.path.clone(), error))
+    pub fn begin(self, backend: &IommuBackend) -> Result<OwnMetricsFile, MetricsError> {
+        match self.write_metrics(backend) {
+            Ok(()) => Ok(OwnMetricsFile(self)),
+            Err(error) => Err(MetricsError::Write(self.path, error)),
+        }
     }
+}
 
-    /// Writes it at each interval, on a thread of its own, until what is returned is dropped. Then it is removed, so that nobody takes a
-    /// daemon that is gone for one that is idle.
+/// A file that this process has written. When this is dropped it is removed, so that nobody takes a daemon that is gone, or did not
+/// start, for one that is idle.
+#[derive(Debug)]
+pub(super) struct OwnMetricsFile(MetricsFile);
+
+impl Drop for OwnMetricsFile {
+    fn drop(&mut self) {
+        let _ = unlinkat(&self.0.directory, &self.0.name, AtFlags::empty());
+    }
+}
+
+impl OwnMetricsFile {
+    /// Writes it at each interval, on a thread of its own, until what is returned is dropped.
     ///
     /// # Errors
     ///
@@ -120,6 +133,8 @@ impl MetricsFile {
         let backend = Arc::clone(backend);
         let work = move || {
             self.write_until(&ends, &backend, interval);
+            // The file goes before anybody is told that it is gone.
+            drop(self);
             // Whoever waits no longer has ended.
             let _ = tell.send(());
         };
@@ -128,10 +143,10 @@ impl MetricsFile {
     }
 
     fn write_until(&self, ends: &Receiver<()>, backend: &IommuBackend, interval: Duration) {
-        let path = self.path.display();
+        let path = self.0.path.display();
         let mut is_failing = false;
         while ends.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            let result = self.write_metrics(backend);
+            let result = self.0.write_metrics(backend);
             match &result {
                 Ok(()) if is_failing => info!("{path} is written again"),
                 Err(error) if !is_failing => warn!("{path} cannot be written, and is as it was: {error}"),
@@ -139,7 +154,6 @@ impl MetricsFile {
             }
             is_failing = result.is_err();
         }
-        let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
     }
 }
 

@@ -3,24 +3,19 @@
 //! A connection that was passed, for a library that takes connections only from a listener: messages that come over it are handed on,
 //! each with its files, to a connection that the library can accept.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use rustix::cmsg_space;
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname, listen,
-    recvmsg, sendmsg, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname, listen, socket_with,
 };
 
+use crate::control::passing::{MOST_FILES, receive_at_most, send_at_most};
 use crate::sandbox::{Sandbox, StartError, ThreadKind};
 
-/// How many files one message can carry: the kernel's `SCM_MAX_FD`.
-const MOST_FILES: usize = 253;
 /// What every message of vhost-user begins with: request, flags, and the size of the rest, 32 bits each.
 const HEADER: usize = 12;
 /// The library takes no more.
@@ -120,48 +115,23 @@ fn copy(from: &UnixStream, to: &UnixStream) -> io::Result<()> {
 fn fill(from: &UnixStream, buffer: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match receive(from, rest, files)? {
-            0 => break,
-            length => filled += length,
+        let received = receive_at_most::<MOST_FILES>(from, rest, files)?;
+        // A message without its files would be another message.
+        if received.files_lost || files.len() > MOST_FILES {
+            return Err(io::Error::other("files of the frontend's cannot be taken: there are too many"));
         }
+        if received.length == 0 {
+            break;
+        }
+        filled += received.length;
     }
     Ok(filled)
 }
 
-fn receive(from: &UnixStream, bytes: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let received = retry_on_intr(|| recvmsg(from, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags))?;
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(more) = message {
-            files.extend(more);
-        }
-    }
-    // A message without its files would be another message.
-    if received.flags.contains(ReturnFlags::CTRUNC) || files.len() > MOST_FILES {
-        return Err(io::Error::other("files of the frontend's cannot be taken: there are too many"));
-    }
-    Ok(received.bytes)
-}
-
 /// Sends all of it, the files with the first byte.
-fn send(to: &UnixStream, mut bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
-    let mut files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-    while !bytes.is_empty() {
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_FILES))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
-            return Err(io::Error::other("more files than a message can carry"));
-        }
-        match sendmsg(to, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
-            Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno.into()),
-        }
-        files.clear();
-    }
-    Ok(())
+fn send(to: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> io::Result<()> {
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    send_at_most::<MOST_FILES>(to, bytes, &files)
 }
 
 #[cfg(test)]

@@ -181,9 +181,6 @@ fn serve_controlled(
     if let Some(host_time) = host_time {
         backend.measure(host_time);
     }
-    if let Some(metrics) = &metrics {
-        metrics.begin(&backend)?;
-    }
     let watcher_ends = watcher.as_ref().map(Watcher::end).transpose().map_err(ServeError::Watcher)?;
     let pluggable = Pluggable {
         files: iommufd.map(|iommufd| Box::new(VfioFiles::new(iommufd)) as Box<dyn DeviceFiles>),
@@ -197,7 +194,7 @@ fn serve_controlled(
     let watch = is_watched.then(watch).transpose().map_err(ServeError::Events)?;
     let opened = Opened { control, metrics, watch };
     let result = serve_endpoints(arguments, source, readiness, &backend, &registry, opened);
-    // What was to be let go was.
+    // Every endpoint is blocked, or none was served: the watcher can let go.
     registry.close();
     result
 }
@@ -221,6 +218,8 @@ fn serve_endpoints(
     let signals = Arc::new(Signals::new().map_err(ServeError::Events)?);
     // A path that this process listens on is removed when this returns: nobody else can connect.
     let Incoming { listener, relay, leftover: _leftover } = source.open()?;
+    // Not before the socket is open: another daemon may have been started with the same options, whose file it is.
+    let metrics = metrics.map(|metrics| metrics.begin(backend)).transpose()?;
     let control = control.map(|listener| ControlServer::new(listener, Arc::clone(registry), Limits::default()));
     let control = control.transpose().map_err(ServeError::Control)?;
 
@@ -314,7 +313,7 @@ fn serve_frontend(backend: &IommuBackend, serving: &Serving, manager: &ServiceMa
     Ok(())
 }
 
-/// What the watcher is told when the process ends is so.
+/// Blocks every endpoint. That is so before the watcher is told, or sees, that this process is done.
 fn block_all(backend: &IommuBackend) {
     let statistics = backend.shut_down();
     info!("every endpoint is blocked; {statistics}");

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::RawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use log::{info, warn};
 use rustix::fs::fstat;
 
 use super::args::{Arguments, EndpointArgument, OnOff};
-use crate::control::{AssignedDevice, MOST_ENDPOINTS};
+use crate::control::{AssignedDevice, MOST_ENDPOINTS, is_node_of};
 use crate::device::{self, Settings, VirtioIommu};
 use crate::fd::{AdoptError, Adopted, FileKind, WrongFile, adopt};
 use crate::host::HostGroup;
@@ -337,7 +336,7 @@ fn assign(
     };
     arguments.policy.amend(&mut facts);
     let number = fstat(&file).map_err(|errno| SetupError::Stat(id, errno.into()))?.st_rdev;
-    let is_its_node = |metadata: &fs::Metadata| !metadata.file_type().is_char_device() || metadata.rdev() == number;
+    let is_its_node = |metadata: &fs::Metadata| is_node_of(metadata, number);
     if !fs::symlink_metadata(Path::new("/dev").join(&node)).as_ref().is_ok_and(is_its_node) {
         return Err(SetupError::NoNode { id, node });
     }
@@ -358,12 +357,9 @@ fn check_distinct(endpoints: impl Iterator<Item = (EndpointId, PciAddress)>) -> 
 /// Every device of a group that is bound to VFIO must be an endpoint: the host moves the whole group.
 fn check_groups(sysfs: &Sysfs, assigned: &[Assigned]) -> Result<(), SetupError> {
     for group in assigned.iter().map(|assigned| &assigned.group) {
-        for member in &group.members {
-            let is_endpoint = assigned.iter().any(|assigned| assigned.host == *member);
-            let is_vfio = sysfs.driver(*member)?.is_some_and(|driver| driver.starts_with("vfio"));
-            if is_vfio && !is_endpoint {
-                return Err(SetupError::GroupIncomplete { group: group.number, missing: *member });
-            }
+        let is_endpoint = |member: &PciAddress| assigned.iter().any(|assigned| assigned.host == *member);
+        if let Some(missing) = sysfs.vfio_members(group)?.into_iter().find(|member| !is_endpoint(member)) {
+            return Err(SetupError::GroupIncomplete { group: group.number, missing });
         }
     }
     Ok(())

@@ -14,6 +14,8 @@ use std::time::SystemTime;
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
+use crate::paths::directory_of;
+
 /// A socket that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -55,8 +57,7 @@ fn look(path: &Path) -> Result<Place, SocketError> {
     let failed = |source| SocketError::Io { path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            fs::metadata(parent).map_err(failed)?;
+            fs::metadata(directory_of(path)).map_err(failed)?;
             Ok(Place::Free)
         }
         Err(error) => Err(failed(error)),

@@ -9,6 +9,7 @@
 //! It says that it is confined before it listens. The daemon sends single bytes, and waits for the answer to those that have one.
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -177,12 +178,14 @@ impl Drop for Watcher {
 
 /// Whether this process was started to be a watcher; if so, does that until the daemon is gone.
 pub fn watch_if_asked() -> Option<ExitCode> {
-    let mut arguments = std::env::args().skip(1);
+    // Those of a daemon may be paths, which can be anything.
+    let mut arguments = std::env::args_os().skip(1);
     if arguments.next()? != ARGUMENT {
         return None;
     }
-    let confined = arguments.next()?;
-    let devices: Vec<Option<VfioDevice>> = arguments.map(|number| adopted(number.parse().ok()?)).collect();
+    let confined = arguments.next()?.into_string().ok()?;
+    let number = |number: OsString| number.to_str()?.parse().ok();
+    let devices: Vec<Option<VfioDevice>> = arguments.map(|text| adopted(number(text)?)).collect();
     close_inherited();
     // What ends the daemon must not end this process.
     let _ = rustix::process::setsid();

@@ -5,6 +5,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 
 use super::common::{attach, map};
 use super::*;
@@ -15,6 +16,11 @@ fn viommuctl(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_viommuctl"));
     command.args(arguments);
     command
+}
+
+/// A pipe that nobody reads.
+fn closed() -> Stdio {
+    std::io::pipe().unwrap().1.into()
 }
 
 /// Exit code, output, and what was said.
@@ -155,6 +161,29 @@ fn only_faults_that_were_followed_can_have_come_too_fast() {
 }
 
 #[test]
+fn faults_are_not_followed_for_nobody() {
+    let bench = Bench::new();
+    let mut guest = bench.guest();
+    assert_eq!(guest.send(&attach(1, FIRST.0, 0)), OK);
+    bench.host.fail_after(0, Failure::Error(HostErrorKind::NoMemory));
+    assert_ne!(guest.send(&map(1, 0x1000, 0x1000, 0x2000, 3)), OK);
+    let mut command = viommuctl(&["faults", "--follow"]);
+    let mut follower = command.arg("--control").arg(bench.path()).stdout(closed()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let status = loop {
+        if let Some(status) = follower.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            follower.kill().unwrap();
+            panic!("it follows on");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
 fn endpoints_are_removed() {
     let bench = Bench::new();
     let (_, closed) = bench.add(&addition());
@@ -255,6 +284,37 @@ fn what_the_guest_has_let_go_is_removed_though_it_keeps_something_else() {
     });
     let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
     assert!(code == 1 && said.contains("there is no endpoint 0000:01:00.0"), "{said}");
+    assert_eq!(added(&bench), [] as [&str; 0]);
+}
+
+#[test]
+fn what_was_begun_is_done_though_nobody_reads_what_is_said() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |command, id| match (command, id) {
+        ("device_del", "viommu-02-00.0") => unplugged(id),
+        _ => vec![json!({ "error": { "class": "GenericError", "desc": "guest is busy" } })],
+    });
+    let mut command = viommuctl(&["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    let status = command.arg("--control").arg(bench.path()).stdout(closed()).stderr(closed()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert_eq!(added(&bench), [NEW_TEXT]);
+}
+
+#[test]
+fn what_is_removed_is_not_said_to_be_left_because_the_watcher_has_its_file() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |_, id| unplugged(id));
+    bench.keeper.refuse_from(0);
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    assert_eq!(code, 0, "{said}");
+    for id in [NEW_TEXT, OTHER_TEXT] {
+        let warning = format!(
+            "viommuctl: {id} was removed and reaches nothing, but the host cannot have its device back yet: the watcher did not say \
+             that it closed its file: it has not answered yet"
+        );
+        assert!(said.contains(&warning), "{said}");
+    }
+    assert!(!said.contains("not removed"), "{said}");
     assert_eq!(added(&bench), [] as [&str; 0]);
 }
 

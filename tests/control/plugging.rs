@@ -43,7 +43,7 @@ fn an_endpoint_that_is_added_is_the_guests_until_it_is_removed() {
     assert_eq!(bench.host.attachment(NEW), Attachment::Blocked);
     assert_eq!(bench.host.table_count(), 0);
     assert_eq!(bench.keeper.count(), 0);
-    assert_eq!(reply, json!({ "removed": { "endpoints": [NEW_TEXT], "siblings": [] } }));
+    assert_eq!(reply, json!({ "removed": { "endpoints": [NEW_TEXT], "siblings": [], "held": [] } }));
     for request in [attach(1, NEW.0, 0), map(1, 0x6000, 0x1000, 0x2000, 3)] {
         assert_eq!(guest.send(&request), NOENT);
     }
@@ -173,17 +173,26 @@ fn what_cannot_be_removed_is_named_and_nothing_changes() {
 }
 
 #[test]
-fn a_watcher_that_does_not_let_go_is_told_of() {
+fn what_a_watcher_does_not_let_go_is_removed_and_told_of() {
     let bench = Bench::new();
     let mut guest = bench.guest();
-    let (_, closed) = bench.add(&addition());
+    let mut three = two();
+    three["vfio_members"].as_array_mut().unwrap().push(json!("0000:06:00.2"));
+    three["devices"].as_array_mut().unwrap().push(device("0000:03:00.0", "0000:06:00.2", "vfio4"));
+    let (reply, closed) = bench.add(&three);
+    assert!(reply["added"].is_object(), "{reply}");
     assert_eq!(guest.send(&attach(1, NEW.0, 0)), OK);
     bench.keeper.refuse_from(0);
-    let reply = bench.ask(&remove(&[NEW_TEXT]));
-    let (kind, message) = refusal(&reply);
-    assert!(kind == "host" && message.contains("the watcher did not say that it closed its file"), "{message}");
+    let reply = bench.ask(&remove(&[NEW_TEXT, OTHER_TEXT]));
+    let removed = &reply["removed"];
+    assert_eq!(removed["endpoints"], json!([NEW_TEXT, OTHER_TEXT]), "{reply}");
+    assert_eq!(removed["siblings"], json!(["0000:03:00.0"]));
+    let held = removed["held"].as_array().unwrap();
+    assert_eq!(held.iter().map(|held| &held["endpoint"]).collect::<Vec<_>>(), [NEW_TEXT, OTHER_TEXT]);
+    assert!(held.iter().all(|held| held["reason"].as_str().unwrap().starts_with("it has not answered yet")), "{reply}");
     assert!(closed[0].is_open());
-    assert_eq!(bench.host.attachment(NEW), Attachment::Blocked, "it reaches nothing all the same");
+    assert_eq!(guest.send(&attach(1, NEW.0, 0)), NOENT);
+    assert_eq!(bench.ask(&json!("list"))["endpoints"].as_array().unwrap().len(), 2);
 }
 
 #[test]

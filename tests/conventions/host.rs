@@ -52,13 +52,15 @@ impl Host {
     }
 
     /// To be started on this host, with `/dev/iommu` as number 3 and the device as number 4. `NODE` is the name of the one node that is
-    /// there, instead of the device's.
+    /// there, instead of the device's; `OF` is the file that it is, instead of the device.
     pub fn inside(&self, start: Start) -> Start {
         let sys = self.path("").display().to_string();
         start.environment("FAKE_SYS", sys).script(
             "[ -n \"$INSIDE\" ] || INSIDE=1 exec unshare --user --map-root-user --mount \
-             sh -c 'exec 3<>/dev/null 4<>/dev/zero && mount --bind \"$FAKE_SYS\" /sys && mount -t tmpfs none /dev && \
-             mkdir -p /dev/vfio/devices && : >/dev/null && : >/dev/vfio/devices/${NODE:-vfio0} && \
+             sh -c 'exec 3<>/dev/null 4<>/dev/zero && mount --bind \"$FAKE_SYS\" /sys && new=\"$FAKE_SYS\"/../dev && \
+             mkdir -p \"$new\" && mount -t tmpfs none \"$new\" && mkdir -p \"$new\"/vfio/devices && : >\"$new\"/null && \
+             node=\"$new\"/vfio/devices/${NODE:-vfio0} && : >\"$node\" && mount --bind \"${OF:-/dev/zero}\" \"$node\" && \
+             mount --rbind \"$new\" /dev && \
              exec \"$0\" \"$@\" --iommufd-fd=3' \"$0\" \"$@\";",
         )
     }

@@ -150,3 +150,44 @@ fn a_file_that_cannot_be_written_for_a_while_is_said_once_and_written_again() {
     assert_eq!(said.matches("cannot be written, and is as it was").count(), 1, "{said}");
     assert_eq!(said.matches("is written again").count(), 1, "{said}");
 }
+
+#[test]
+fn a_daemon_that_is_started_twice_leaves_the_first_ones_file_alone() {
+    let place = Place::new();
+    let path = place.path("iommu.prom");
+    let same = || Start::with(&["--metrics-interval=3600"]).option("metrics-file", &path);
+    let first = place.start(same());
+    let file = fs::metadata(&path).unwrap().ino();
+    let Ended { code, err, .. } = same().option("socket-path", &place.socket).run();
+    assert!(code == Some(2) && err.contains("is in use by another process"), "{err}");
+    assert_eq!(fs::metadata(&path).unwrap().ino(), file);
+    first.end_well();
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_file() {
+    let place = Place::new();
+    let path = place.path("iommu.prom");
+    let mut late = 0;
+    // One more open file each time, until there are enough.
+    for files in 8..100 {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let start = Start::with(&[]).option("metrics-file", &path).option("socket-path", &place.socket);
+        let start = start.script("ulimit -n $FILES;").environment("FILES", files.to_string());
+        let daemon = start.fourth(writer).option("ready-fd", Path::new("4")).start();
+        let mut said = String::new();
+        reader.read_to_string(&mut said).unwrap();
+        if said == "\n" {
+            daemon.end_well();
+            assert!(late > 0, "none failed after its socket was open");
+            return;
+        }
+        let Ended { code, err, .. } = daemon.end();
+        assert!(code.is_some_and(|code| code != 0), "{err}");
+        late += u32::from(err.contains("listening on"));
+        let left: Vec<_> = fs::read_dir(place.directory.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(left.is_empty(), "with {files} files: {left:?}: {err}");
+    }
+    panic!("it does not start");
+}

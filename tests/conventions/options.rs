@@ -2,7 +2,9 @@
 
 //! What the program does by its options, where other topics do not have it.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
@@ -35,6 +37,38 @@ fn capabilities_are_printed_whatever_else_is_asked_for() {
         assert_eq!((code, err.as_str()), (Some(0), ""));
         assert_eq!(serde_json::from_str::<Value>(&out).unwrap(), json!({ "type": "iommu" }));
     }
+}
+
+#[test]
+fn whoever_does_not_read_what_is_printed_hears_of_no_failure() {
+    let place = Place::new();
+    let socket = format!("--socket-path={}", place.socket.display());
+    for options in [&["--print-capabilities"][..], &["--check", &socket], &["--check", "--json", &socket]] {
+        let closed = || Stdio::from(std::io::pipe().unwrap().1);
+        let status = Command::new(DAEMON).args(options).stdout(closed()).stderr(closed()).status().unwrap();
+        assert_eq!(status.code(), Some(0), "{options:?}");
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let output = Command::new(DAEMON).args(options).stdout(full).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{options:?}: {said}");
+        assert!(said.contains("cannot write to the standard output: No space left on device"), "{said}");
+    }
+}
+
+#[test]
+fn a_path_can_be_any_bytes() {
+    let place = Place::new();
+    let socket = place.directory.path().join(OsStr::from_bytes(b"socket\xff"));
+    let mut option = OsString::from("--socket-path=");
+    option.push(&socket);
+    let mut daemon = Command::new(DAEMON).arg(option).stderr(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !socket.exists() && daemon.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "it does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let daemon = Daemon { child: daemon, log: tempfile::tempfile().unwrap() };
+    daemon.end_well();
 }
 
 #[test]
@@ -146,10 +180,13 @@ fn a_check_looks_at_the_files_and_the_host_of_endpoints() {
     // The host has the device's node, but where the daemon runs there is another's only.
     let endpoint = "--endpoint=id=00:03.0,cdev-fd=4,host=01:00.0";
     for options in [&["--check"][..], &[]] {
-        let start = Start::with(&[&[endpoint], options].concat()).option("socket-path", &place.socket);
-        let Ended { code, out, err } = host.daemon(start.environment("NODE", "vfio1"));
-        assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
-        assert!(err.contains("/dev/vfio/devices/vfio0 is not the device's where this process runs"), "{err}");
+        // Or it is another device's, or none.
+        for other in [("NODE", "vfio1"), ("OF", "/dev/full"), ("OF", "/etc/passwd")] {
+            let start = Start::with(&[&[endpoint], options].concat()).option("socket-path", &place.socket);
+            let Ended { code, out, err } = host.daemon(start.environment(other.0, other.1));
+            assert_eq!((code, out.as_str()), (Some(3), ""), "{err}");
+            assert!(err.contains("/dev/vfio/devices/vfio0 is not the device's where this process runs"), "{err}");
+        }
     }
     assert!(!place.socket.exists());
 }

@@ -6,20 +6,20 @@ use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-/// The longest line that is taken: more than QEMU's monitor needs for all PCI devices of a guest.
-const LONGEST_LINE: usize = 1 << 20;
-
 /// A socket that is read by lines.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     stream: BufReader<UnixStream>,
     /// The part of a line that came before a deadline.
     line: Vec<u8>,
+    /// How long one may be, in bytes with its end.
+    longest: usize,
 }
 
 impl Lines {
-    pub fn new(stream: UnixStream) -> Self {
-        Self { stream: BufReader::new(stream), line: Vec::new() }
+    /// The lines that come, of so many bytes at most.
+    pub fn new(stream: UnixStream, longest: usize) -> Self {
+        Self { stream: BufReader::new(stream), line: Vec::new(), longest }
     }
 
     /// The socket, to write to.
@@ -50,8 +50,8 @@ impl Lines {
             }
             let end = come.iter().position(|byte| *byte == b'\n');
             let length = end.map_or(come.len(), |end| end + 1);
-            if self.line.len() + length > LONGEST_LINE {
-                return Err(io::Error::other("it sends a line of more than a mebibyte"));
+            if self.line.len() + length > self.longest {
+                return Err(io::Error::other(format!("it sends a line of more than {} bytes", self.longest)));
             }
             self.line.extend(come.iter().take(length));
             self.stream.consume(length);
@@ -69,6 +69,8 @@ mod tests {
 
     use super::*;
 
+    const LONGEST_LINE: usize = 1 << 20;
+
     fn soon() -> Instant {
         Instant::now() + Duration::from_millis(100)
     }
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn a_line_that_is_late_is_not_lost() {
         let (mut there, here) = UnixStream::pair().unwrap();
-        let mut lines = Lines::new(here);
+        let mut lines = Lines::new(here, LONGEST_LINE);
         there.write_all(b"one\ntw").unwrap();
         assert_eq!(lines.next(soon()).unwrap(), b"one\n");
         assert_eq!(lines.next(soon()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
@@ -97,7 +99,7 @@ mod tests {
             }
         });
         let start = Instant::now();
-        assert!(Lines::new(here).next(soon()).is_err());
+        assert!(Lines::new(here, LONGEST_LINE).next(soon()).is_err());
         assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     }
 
@@ -105,7 +107,7 @@ mod tests {
     fn a_line_without_end_is_not_kept() {
         let (mut there, here) = UnixStream::pair().unwrap();
         std::thread::spawn(move || while there.write_all(&[b'x'; 4096]).is_ok() {});
-        let mut lines = Lines::new(here);
+        let mut lines = Lines::new(here, LONGEST_LINE);
         let error = lines.next(Instant::now() + Duration::from_secs(20)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Other);
         assert!(lines.line.len() <= LONGEST_LINE);
