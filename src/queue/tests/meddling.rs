@@ -34,12 +34,12 @@ impl<F: Fn(u16) -> u16> GuestMemory for Meddling<'_, F> {
         GuestMemoryBackend::check_range(self.memory, address, count)
     }
 
-    fn get_slices<'a>(
-        &'a self,
+    fn get_slices(
+        &self,
         address: GuestAddress,
         count: usize,
         access: Permissions,
-    ) -> MemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
+    ) -> MemoryResult<impl GuestMemorySliceIterator<'_, BS<'_, ()>>> {
         if address == self.index {
             let reads = self.reads.get();
             self.memory.write_obj((self.written)(reads).to_le(), self.index).unwrap();
