@@ -100,10 +100,11 @@ pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceT
         return Err(DeviceTreeError::TooDeep { node: node.to_owned() });
     }
     let is_memory = |entry: &Entry| matches!(entry.space >> 24 & 3, 2 | 3);
-    let shown: Vec<Entry> = entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory).collect();
-    let buses = if shown.is_empty() { Vec::new() } else { buses_above(node, read)? };
-    let window = |entry: &Entry| BridgeWindow { bus: entry.below, cpu: to_cpu(&buses, entry.above) };
-    let windows = shown.iter().map(window).collect();
+    let mut buses = Buses { node, read, known: Vec::new() };
+    let mut windows = Vec::new();
+    for entry in entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory) {
+        windows.push(BridgeWindow { bus: entry.below, cpu: buses.to_cpu(entry.above)? });
+    }
     let inbound = entries(node, "dma-ranges", PCI_CELLS, read)?;
     // Linux takes an empty property for no restriction (devm_of_pci_get_host_bridge_resources()).
     let inbound = inbound.filter(|entries| !entries.is_empty());
@@ -111,27 +112,34 @@ pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceT
     Ok(BridgeNode { windows, inbound })
 }
 
-/// What the buses between a node and the root make of addresses, from the lowest bus on, up to one that does not lead on.
-fn buses_above(node: &Path, read: &ReadProperty<'_>) -> Result<Vec<Option<Vec<Entry>>>, DeviceTreeError> {
-    let mut buses = Vec::new();
-    for bus in node.ancestors().skip(1).take_while(|bus| !is_root(bus)) {
-        let cells = (cells(bus, "#address-cells", read)?, cells(bus, "#size-cells", read)?);
-        let entries = entries(bus, "ranges", cells, read)?;
-        let leads_on = entries.is_some();
-        buses.push(entries);
-        if !leads_on {
-            break;
-        }
-    }
-    Ok(buses)
+/// The buses between a node and the root, each read once, when an address gets so far.
+struct Buses<'n, 'r> {
+    node: &'n Path,
+    read: &'r ReadProperty<'r>,
+    /// What the buses make of addresses, from the lowest on; `None` for one that does not lead on.
+    known: Vec<Option<Vec<Entry>>>,
 }
 
-/// Follows an address through buses to the CPU; `None` where one of them does not lead on.
-fn to_cpu(buses: &[Option<Vec<Entry>>], address: IovaRange) -> Option<IovaRange> {
-    buses.iter().try_fold(address, |address, entries| match entries.as_deref()? {
-        [] => Some(address),
-        entries => entries.iter().find_map(|entry| entry.translate(address)),
-    })
+impl Buses<'_, '_> {
+    /// Follows an address to the CPU; `None` where a bus does not lead on.
+    fn to_cpu(&mut self, mut address: IovaRange) -> Result<Option<IovaRange>, DeviceTreeError> {
+        for (level, bus) in self.node.ancestors().skip(1).take_while(|bus| !is_root(bus)).enumerate() {
+            if self.known.len() == level {
+                let cells = (cells(bus, "#address-cells", self.read)?, cells(bus, "#size-cells", self.read)?);
+                self.known.push(entries(bus, "ranges", cells, self.read)?);
+            }
+            let above = match self.known.get(level).and_then(Option::as_deref) {
+                None => None,
+                Some([]) => Some(address),
+                Some(entries) => entries.iter().find_map(|entry| entry.translate(address)),
+            };
+            match above {
+                Some(above) => address = above,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(address))
+    }
 }
 
 impl Entry {

@@ -4,8 +4,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use virtio_iommu_fuzz_inputs::{TARGETS, Target};
+
+/// Some targets count what the process has open, and its threads: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Inputs that are kept, by name.
 fn inputs(kind: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
@@ -18,6 +25,7 @@ fn inputs(kind: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[test]
 fn seeds_and_regressions_hold() {
+    let _alone = alone();
     for Target { name, check, .. } in TARGETS {
         for (path, bytes) in inputs("seeds", name).into_iter().chain(inputs("regressions", name)) {
             println!("{}", path.display());
@@ -31,6 +39,7 @@ fn seeds_and_regressions_hold() {
 /// As they are: there are thousands.
 #[test]
 fn what_campaigns_kept_holds() {
+    let _alone = alone();
     let mut count = 0;
     for Target { name, check, .. } in TARGETS {
         for (path, bytes) in inputs("corpus", name) {
@@ -44,6 +53,7 @@ fn what_campaigns_kept_holds() {
 
 #[test]
 fn seeds_are_those_that_the_program_writes() {
+    let _alone = alone();
     for Target { name, seeds, .. } in TARGETS {
         let mut written = seeds();
         written.sort();
@@ -58,6 +68,7 @@ fn seeds_are_those_that_the_program_writes() {
 
 #[test]
 fn every_target_is_built_and_has_a_check() {
+    let _alone = alone();
     let manifest = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml")).unwrap();
     let built: Vec<&str> = manifest
         .lines()

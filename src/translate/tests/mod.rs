@@ -3,13 +3,14 @@
 //! Translation below the device: what emulated devices reach after each request.
 
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, IommuMemory, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Iommu, IommuMemory, Permissions};
 
+use super::entry::Entry;
 use super::*;
 use crate::access::Access;
 use crate::device::{Fault, FaultReason, Settings, VirtioIommu};
 use crate::host::refused::RefusalReason;
-use crate::host::{AfterFailure, HostErrorKind, HostGroup};
+use crate::host::{AfterFailure, Constraints, HostErrorKind, HostGroup, IoPageTable};
 use crate::memory::GuestRam;
 use crate::reserved::EndpointView;
 
@@ -184,6 +185,32 @@ fn a_table_of_another_translation_is_refused() {
 }
 
 #[test]
+fn a_table_maps_whole_pages_below_its_last_address() {
+    let translation = Translation::new(Limits::default());
+    let (group, other) = (translation.group(vec![DISK]), Translation::new(Limits::default()).group(vec![NET]));
+    let table = group.new_table().unwrap();
+    assert!(group.can_share(&*table) && !other.can_share(&*table));
+    let Constraints { usable, granule } = table.constraints().unwrap();
+    assert_eq!((usable.ranges(), granule), (&["0-ffffffffffff".parse().unwrap()][..], PAGE));
+    let memory = GuestRam::in_software(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let map = |iova: &str, physical| {
+        let iova: IovaRange = iova.parse().unwrap();
+        let segments = memory.segments(GuestAddress(physical), iova.length().unwrap()).unwrap();
+        table.map(iova, &segments, Access::READ).is_ok()
+    };
+    assert!(!map("1000000000000-1000000000fff", 0), "behind the last address");
+    assert!(!map("1000-1fff", 0x800) && !map("1800-27ff", 0), "not whole pages");
+    assert!(map("fffffffff000-ffffffffffff", 0) && map("1000-1fff", 0x1000));
+}
+
+#[test]
+fn a_block_has_all_bits_of_its_address() {
+    let high = 0xfff0_0000_0000_1000;
+    assert_eq!(Entry::block(high, Access::READ).physical(), high);
+    assert_eq!(Entry::page(high, Access::READ, 1), None);
+}
+
+#[test]
 fn bypass_reaches_guest_memory_as_it_is() {
     let machine = Machine::new(Limits::default(), true);
     assert_eq!(pieces(&machine.disk, 0xf_f000, 0x2000, Access::READ_WRITE), [Ok((0xf_f000, 0x2000))]);
@@ -325,6 +352,11 @@ fn vm_memorys_own_iommu_memory_translates_through_the_adapter() {
     assert!(!memory.check_range(GuestAddress(u64::MAX - 3), 40, Permissions::Read));
     assert_eq!(machine.unmap(1, 0x1_0000, PAGE), OK);
     assert!(memory.read_obj::<u16>(GuestAddress(0x1_0ffe)).is_err(), "nothing is cached");
+    let adapter = IommuAdapter::new(machine.disk.clone());
+    for (iova, length) in [(0x1_1000, 0), (u64::MAX, 1), (u64::MAX, 2)] {
+        let error = adapter.translate(GuestAddress(iova), length, Permissions::Read).map(drop).unwrap_err();
+        assert!(error.to_string().contains("it is empty, or reaches the end"), "{iova:#x}, {length}: {error}");
+    }
 }
 
 #[test]

@@ -35,6 +35,15 @@ fn write_everywhere(translator: &Translator, memory: &Memory, reader: u8, writes
     }
 }
 
+/// Tells the devices to end, even if the test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// After an UNMAP is answered, not a byte of what it unmapped is touched.
 #[test]
 fn nothing_is_touched_after_an_unmap_is_answered() {
@@ -43,6 +52,7 @@ fn nothing_is_touched_after_an_unmap_is_answered() {
     let (ended, writes) = (AtomicBool::new(false), AtomicU64::new(0));
     let seconds = std::env::var("SOAK_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let end = Instant::now() + Duration::from_secs(seconds);
+    let patience = end + Duration::from_secs(30);
     let disk = machine.disk.clone();
     let memory = machine.memory.clone();
     let rounds = std::thread::scope(|scope| {
@@ -50,9 +60,11 @@ fn nothing_is_touched_after_an_unmap_is_answered() {
             let (disk, memory, writes, ended) = (&disk, &memory, &writes, &ended);
             scope.spawn(move || write_everywhere(disk, memory, reader as u8, writes, ended));
         }
+        let _ends = Ends(&ended);
         let mut rounds = 0u64;
         // On a machine that has no time for the writers, until one of them had a turn.
-        while Instant::now() < end || writes.load(Ordering::Relaxed) == 0 {
+        let has_time = |now| now < end || writes.load(Ordering::Relaxed) == 0 && now < patience;
+        while has_time(Instant::now()) {
             let slot = rounds % SLOTS;
             let page = (rounds % 3) * PAGE;
             assert_eq!(machine.map(1, iova(slot), PAGE, page, READ | WRITE), OK);
@@ -75,7 +87,6 @@ fn nothing_is_touched_after_an_unmap_is_answered() {
             }
             rounds += 1;
         }
-        ended.store(true, Ordering::Relaxed);
         rounds
     });
     let writes = writes.into_inner();
