@@ -103,7 +103,7 @@ pub fn parse(node: &Path, read: &ReadProperty<'_>) -> Result<BridgeNode, DeviceT
     let mut buses = Buses { node, read, known: Vec::new() };
     let mut windows = Vec::new();
     for entry in entries(node, "ranges", PCI_CELLS, read)?.into_iter().flatten().filter(is_memory) {
-        windows.push(BridgeWindow { bus: entry.below, cpu: buses.to_cpu(entry.above)? });
+        windows.push(BridgeWindow { bus: entry.below, cpu: buses.follow(entry.above)? });
     }
     let inbound = entries(node, "dma-ranges", PCI_CELLS, read)?;
     // Linux takes an empty property for no restriction (devm_of_pci_get_host_bridge_resources()).
@@ -122,7 +122,7 @@ struct Buses<'n, 'r> {
 
 impl Buses<'_, '_> {
     /// Follows an address to the CPU; `None` where a bus does not lead on.
-    fn to_cpu(&mut self, mut address: IovaRange) -> Result<Option<IovaRange>, DeviceTreeError> {
+    fn follow(&mut self, mut address: IovaRange) -> Result<Option<IovaRange>, DeviceTreeError> {
         for (level, bus) in self.node.ancestors().skip(1).take_while(|bus| !is_root(bus)).enumerate() {
             if self.known.len() == level {
                 let cells = (cells(bus, "#address-cells", self.read)?, cells(bus, "#size-cells", self.read)?);

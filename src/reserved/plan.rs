@@ -404,6 +404,17 @@ mod tests {
         assert_eq!(planned.withheld.len(), 4000);
     }
 
+    #[test]
+    fn the_doorbell_is_one_of_the_regions_that_do_not_fit() {
+        let facts = HostFacts {
+            usable: Some(["0-ffff", "20000-fffff"].iter().map(|text| text.parse::<IovaRange>().unwrap()).collect()),
+            ..HostFacts::default()
+        };
+        let policy = Policy { guest_msi: "30000-30fff".parse().ok(), probe_size: Some(24), ..Policy::default() };
+        let refused = PlanError::ProbeSize { endpoint: ID, regions: 2, probe_size: 24 };
+        assert_eq!(plan(&policy, &[(ID, facts)]), Err(refused));
+    }
+
     proptest! {
         #[test]
         fn what_is_told_is_sorted_disjoint_and_inside(policy in policy(), facts in facts()) {

@@ -452,6 +452,21 @@ mod tests {
         let (_tree, sysfs) = tree(&"0x0000000000001000 0x0000000000001fff reserved\n".repeat(86));
         let error = sysfs.group(address("01:00.0")).unwrap_err();
         assert!(matches!(error, SysfsError::Truncated { .. }), "{error}");
+        // Of 42 bytes each: 96 are as many as are believed.
+        let lines = |count| "0x0000000000001000 0x0000000000001fff msi\n".repeat(count);
+        assert_eq!(regions_in(&lines(96), Path::new("list")).unwrap().len(), 96);
+        let error = regions_in(&lines(97), Path::new("list")).unwrap_err();
+        assert!(matches!(error, SysfsError::Truncated { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_group_without_an_iommu_is_known_by_its_name() {
+        let (tree, sysfs) = tree("");
+        assert!(!sysfs.is_noiommu(12), "it has no name");
+        for (name, expected) in [("vfio-noiommu\n", true), ("mdev\n", false)] {
+            fs::write(tree.path().join("kernel/iommu_groups/12/name"), name).unwrap();
+            assert_eq!(sysfs.is_noiommu(12), expected, "{name}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::*;
 use crate::access::Access;
 use crate::device::{Fault, FaultReason, Settings, VirtioIommu};
 use crate::host::refused::RefusalReason;
-use crate::host::{AfterFailure, Constraints, HostErrorKind, HostGroup, IoPageTable};
+use crate::host::{AfterFailure, Constraints, HostErrorKind, HostGroup};
 use crate::memory::GuestRam;
 use crate::reserved::EndpointView;
 
