@@ -14,12 +14,12 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use common::alone::close;
 use common::left_out::left_out;
-use common::processes::{child_of, wait_for_end, wait_until};
+use common::processes::{Process, child_of, wait_until};
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -31,7 +31,7 @@ const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 const CONTROL: &str = env!("CARGO_BIN_EXE_viommuctl");
 
 struct Daemon {
-    child: Child,
+    process: Process,
     socket: PathBuf,
     _directory: tempfile::TempDir,
 }
@@ -46,9 +46,9 @@ impl Daemon {
 
     /// Waits until it listens.
     fn run(mut command: Command, socket: PathBuf, directory: tempfile::TempDir) -> Self {
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let process = Process::spawn(command.stderr(Stdio::piped()));
         wait_until("the daemon does not listen", || is_listened_on(&socket));
-        Self { child, socket, _directory: directory }
+        Self { process, socket, _directory: directory }
     }
 
     /// A daemon with a frontend.
@@ -61,15 +61,14 @@ impl Daemon {
     }
 
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+        self.process.signal(signal);
     }
 
     /// Waits for its end: the exit code and what it said.
-    fn end(mut self) -> (i32, String) {
-        wait_for_end(&mut self.child);
+    fn end(self) -> (i32, String) {
+        let (code, said) = self.process.end();
         assert!(!self.socket.exists(), "the socket is removed");
-        let output = self.child.wait_with_output().unwrap();
-        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+        (code.unwrap(), said)
     }
 }
 
@@ -144,7 +143,7 @@ fn a_second_signal_ends_a_daemon_at_once() {
         let (mut daemon, _machine) = Daemon::start_and_connect();
         daemon.signal(Signal::SIGTERM);
         daemon.signal(Signal::SIGINT);
-        let code = wait_for_end(&mut daemon.child).code();
+        let code = daemon.process.wait_for_end().code();
         assert!(matches!(code, Some(0 | 1)), "{code:?}");
         (code == Some(1)).then_some(daemon)
     });
@@ -187,7 +186,7 @@ fn a_daemon_that_is_told_to_ends_with_its_parent() {
         let mut parent = Command::new("sh");
         parent.args(["-c", "\"$@\" & wait", "sh", DAEMON, "--exit-with-parent", "--input-range=0-ffffffff"]);
         parent.arg("--socket-path").arg(&socket);
-        let Daemon { child: mut parent, _directory, .. } = Daemon::run(parent, socket.clone(), directory);
+        let Daemon { process: mut parent, _directory, .. } = Daemon::run(parent, socket.clone(), directory);
         let _daemon = Killed(child_of(parent.id()));
         let machine = has_frontend.then(|| {
             let mut machine = Machine::connect(&socket, guest_memory(0x20_0000));
@@ -196,7 +195,7 @@ fn a_daemon_that_is_told_to_ends_with_its_parent() {
         });
         parent.kill().unwrap();
         wait_until("the daemon does not end", || !socket.exists());
-        let log = String::from_utf8(parent.wait_with_output().unwrap().stderr).unwrap();
+        let (_, log) = parent.end();
         assert!(!log.contains("ERROR"), "{log}");
         assert_eq!(log.contains("every endpoint is blocked"), has_frontend, "{log}");
         drop(machine);
@@ -292,9 +291,9 @@ fn guest_memory_that_is_cut_off_ends_the_daemon_with_3() {
     machine.config();
     machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
     machine.kick();
-    assert_eq!(wait_for_end(&mut daemon.child).code(), Some(3));
+    assert_eq!(daemon.process.wait_for_end().code(), Some(3));
     let mut log = String::new();
-    std::io::Read::read_to_string(&mut daemon.child.stderr.take().unwrap(), &mut log).unwrap();
+    std::io::Read::read_to_string(&mut daemon.process.stderr.take().unwrap(), &mut log).unwrap();
     assert_eq!(log.matches("is not sealed with F_SEAL_SHRINK: if whoever has its file").count(), 1, "{log}");
     assert!(log.contains("SIGBUS: guest memory was cut off"), "{log}");
 }
@@ -304,22 +303,22 @@ fn a_log_that_nobody_reads_does_not_keep_a_daemon_without_its_memory() {
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     let (mut daemon, machine) = Daemon::start_and_connect();
-    let log = File::from(std::os::fd::OwnedFd::from(daemon.child.stderr.take().unwrap()));
+    let log = File::from(std::os::fd::OwnedFd::from(daemon.process.stderr.take().unwrap()));
     let path = format!("/proc/self/fd/{}", log.as_raw_fd());
     let mut filled = File::options().write(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap();
     while filled.write(b".").is_ok() {}
     machine.memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
     machine.kick();
-    assert_eq!(wait_for_end(&mut daemon.child).code(), Some(3));
+    assert_eq!(daemon.process.wait_for_end().code(), Some(3));
 }
 
 #[test]
 fn a_bus_error_of_another_kind_is_not_said_to_be_missing_memory() {
     let (mut daemon, _machine) = Daemon::start_and_connect();
     daemon.signal(Signal::SIGBUS);
-    assert_eq!(wait_for_end(&mut daemon.child).code(), Some(3));
+    assert_eq!(daemon.process.wait_for_end().code(), Some(3));
     let mut log = String::new();
-    std::io::Read::read_to_string(&mut daemon.child.stderr.take().unwrap(), &mut log).unwrap();
+    std::io::Read::read_to_string(&mut daemon.process.stderr.take().unwrap(), &mut log).unwrap();
     assert!(log.contains("SIGBUS, and not for memory that is missing"), "{log}");
 }
 

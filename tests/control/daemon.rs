@@ -5,18 +5,17 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use super::common::processes::{wait_for_end, wait_until};
+use super::common::processes::{Process, wait_until};
 use super::*;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 
 struct Daemon {
-    child: Child,
+    process: Process,
     directory: tempfile::TempDir,
 }
 
@@ -35,9 +34,9 @@ impl Daemon {
 
     fn run(mut command: Command, directory: tempfile::TempDir) -> Self {
         command.arg("--input-range=0-ffffffff").arg("--socket-path").arg(directory.path().join("socket"));
-        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let process = Process::spawn(command.stderr(Stdio::piped()));
         wait_until("the daemon does not listen", || directory.path().join("socket").exists());
-        Self { child, directory }
+        Self { process, directory }
     }
 
     fn control(&self) -> PathBuf {
@@ -48,13 +47,11 @@ impl Daemon {
         Client::new(UnixStream::connect(self.control()).unwrap())
     }
 
-    fn end(mut self) -> String {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        wait_for_end(&mut self.child);
+    fn end(self) -> String {
         let control = self.control();
-        let Output { status, stderr, .. } = self.child.wait_with_output().unwrap();
-        let log = String::from_utf8(stderr).unwrap();
-        assert_eq!(status.code(), Some(0), "{log}");
+        self.process.signal(Signal::SIGTERM);
+        let (code, log) = self.process.end();
+        assert_eq!(code, Some(0), "{log}");
         assert!(!control.exists(), "the socket is removed");
         log
     }

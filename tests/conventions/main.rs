@@ -24,10 +24,10 @@ use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::processes::{PATIENCE, wait_for_end, wait_until};
+use common::processes::{PATIENCE, Process, wait_until};
 use common::status::NOENT;
 use common::{Machine, attach, guest_memory};
 use nix::sys::signal::{Signal, kill};
@@ -122,8 +122,7 @@ impl Start {
         // A file: a daemon that says too much must not wait until it is read.
         let log = tempfile::tempfile().unwrap();
         let to = self.log.take().unwrap_or_else(|| log.try_clone().unwrap().into());
-        let child = self.command().stderr(to).spawn().unwrap();
-        Daemon { child, log }
+        Daemon { process: Process::spawn(self.command().stderr(to)), log }
     }
 
     /// Runs one that ends by itself.
@@ -134,20 +133,20 @@ impl Start {
 
 /// A daemon that runs.
 struct Daemon {
-    child: Child,
+    process: Process,
     log: File,
 }
 
 impl Daemon {
     fn terminate(&self) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        self.process.signal(Signal::SIGTERM);
     }
 
     /// Waits for its end.
     fn end(mut self) -> Ended {
-        let status = wait_for_end(&mut self.child);
+        let status = self.process.wait_for_end();
         let mut ended = Ended { code: status.code(), out: String::new(), err: String::new() };
-        if let Some(mut out) = self.child.stdout.take() {
+        if let Some(mut out) = self.process.stdout.take() {
             out.read_to_string(&mut ended.out).unwrap();
         }
         self.log.rewind().unwrap();
@@ -161,13 +160,6 @@ impl Daemon {
         let ended = self.end();
         assert_eq!(ended.code, Some(0), "{}", ended.err);
         ended.err
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -61,13 +61,13 @@ fn a_path_can_be_any_bytes() {
     let socket = place.directory.path().join(OsStr::from_bytes(b"socket\xff"));
     let mut option = OsString::from("--socket-path=");
     option.push(&socket);
-    let mut daemon = Command::new(DAEMON).arg(option).stderr(Stdio::null()).spawn().unwrap();
+    let mut process = Process::spawn(Command::new(DAEMON).arg(option).stderr(Stdio::null()));
     let deadline = Instant::now() + PATIENCE;
-    while !socket.exists() && daemon.try_wait().unwrap().is_none() {
+    while !socket.exists() && process.try_wait().unwrap().is_none() {
         assert!(Instant::now() < deadline, "it does not listen");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let daemon = Daemon { child: daemon, log: tempfile::tempfile().unwrap() };
+    let daemon = Daemon { process, log: tempfile::tempfile().unwrap() };
     daemon.end_well();
 }
 

@@ -14,7 +14,7 @@ fn start(host: &Host, place: &Place) -> (Daemon, Pid) {
     let start = Start::with(&[]).option("control-path", &control).option("socket-path", &place.socket);
     let daemon = host.inside(start).start();
     wait_until("the daemon does not listen", || UnixStream::connect(&control).is_ok() && place.socket.exists());
-    let watcher = child_of(daemon.child.id());
+    let watcher = child_of(daemon.process.id());
     (daemon, Pid::from_raw(watcher.cast_signed()))
 }
 

@@ -17,16 +17,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use common::confined::{assert_calls, assert_confined, threads};
 use common::inject::{Outcome, Stopped};
 use common::left_out::left_out;
-use common::processes::{wait_for_end, wait_until};
+use common::processes::{Process, wait_until};
 use common::status::NOENT;
 use common::{Machine, attach, guest_memory};
 use nix::libc;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use seccompiler::{SeccompAction, SeccompFilter};
 use vhost::vhost_user::VhostUserFrontend;
@@ -48,7 +48,7 @@ fn may_trace() -> bool {
 
 /// A daemon with a control socket and a metrics file, and the frontend's end of its connection.
 struct Daemon {
-    child: Child,
+    process: Process,
     directory: tempfile::TempDir,
     frontend: Option<UnixStream>,
 }
@@ -65,12 +65,12 @@ impl Daemon {
         fs::create_dir(directory.path().join("metrics")).unwrap();
         command.arg("--metrics-file").arg(directory.path().join("metrics/file"));
         command.arg("--input-range=0-ffffffff").args(options);
-        let child = command.stdin(OwnedFd::from(passed)).stdout(told).stderr(Stdio::piped()).spawn().unwrap();
+        let process = Process::spawn(command.stdin(OwnedFd::from(passed)).stdout(told).stderr(Stdio::piped()));
         drop(command);
         let mut line = String::new();
         fs::File::from(ready).read_to_string(&mut line).unwrap();
         assert_eq!(line, "\n", "it is ready");
-        let daemon = Self { child, directory, frontend: Some(frontend) };
+        let daemon = Self { process, directory, frontend: Some(frontend) };
         wait_until("not all threads are there, or others", || daemon.threads().keys().eq(THREADS.iter()));
         daemon
     }
@@ -81,9 +81,9 @@ impl Daemon {
 
     /// The threads by what they are called in the lists.
     fn threads(&self) -> BTreeMap<String, Pid> {
-        let main = Pid::from_raw(self.child.id().cast_signed());
+        let main = Pid::from_raw(self.process.id().cast_signed());
         let name = |(name, thread)| (if thread == main { "main".to_owned() } else { name }, thread);
-        threads(self.child.id()).into_iter().map(name).collect()
+        threads(self.process.id()).into_iter().map(name).collect()
     }
 
     /// What it says on its control socket.
@@ -95,22 +95,25 @@ impl Daemon {
         line
     }
 
-    fn end(mut self) -> (Option<i32>, String) {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
-        wait_for_end(&mut self.child);
+    fn terminate(&self) {
+        self.process.signal(Signal::SIGTERM);
+    }
+
+    fn end(self) -> (Option<i32>, String) {
+        self.terminate();
+        let ended = self.process.end();
         assert!(!self.directory.path().join("control/socket").exists(), "the socket is removed");
-        let output = self.child.wait_with_output().unwrap();
-        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        ended
     }
 }
 
 #[test]
 fn a_daemon_that_is_ready_has_given_up_privileges_in_every_thread() {
     let mut daemon = Daemon::start(&[]);
-    assert_confined(daemon.child.id(), true);
+    assert_confined(daemon.process.id(), true);
     let mut machine = daemon.machine();
     machine.start();
-    assert_confined(daemon.child.id(), true);
+    assert_confined(daemon.process.id(), true);
     let (code, log) = daemon.end();
     assert_eq!(code, Some(0), "{log}");
 }
@@ -167,7 +170,7 @@ fn a_call_that_no_thread_has_a_use_for_ends_the_process() {
         let outcome = Stopped::new(thread).call(libc::SYS_getppid, [0; 6]);
         if dies {
             assert_eq!(outcome, Outcome::Killed(Signal::SIGSYS), "{options:?}");
-            assert_eq!(daemon.child.wait().unwrap().signal(), Some(Signal::SIGSYS as i32), "{options:?}");
+            assert_eq!(daemon.process.wait().unwrap().signal(), Some(Signal::SIGSYS as i32), "{options:?}");
         } else {
             assert_eq!(outcome, Outcome::Returned(i64::from(std::process::id())), "{options:?}");
             assert_eq!(daemon.end().0, Some(0));
@@ -243,11 +246,10 @@ fn a_connection_that_is_held_up_does_not_keep_the_daemon() {
     }
     let daemon = Daemon::start(&[]);
     let connection = Stopped::new(daemon.threads()["vhost-user"]);
-    kill(Pid::from_raw(daemon.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    daemon.terminate();
     assert!(connection.dies(), "it ends with the process");
-    let output = daemon.child.wait_with_output().unwrap();
-    let log = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(0), "{log}");
+    let (code, log) = daemon.process.end();
+    assert_eq!(code, Some(0), "{log}");
     assert!(!daemon.directory.path().join("control/socket").exists(), "the socket is removed");
     let [.., blocked, held_up] = &log.lines().collect::<Vec<_>>()[..] else { panic!("{log}") };
     assert!(blocked.contains("every endpoint is blocked"), "{log}");
@@ -334,17 +336,16 @@ fn run_refused(calls: &[i64], errno: i32, options: &[&str]) -> (Option<i32>, Str
     // The thread's filter is its child's too, and nobody else's.
     let run = move || {
         seccompiler::apply_filter(&filter).unwrap();
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut process = Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::piped()));
+        let mut log = BufReader::new(process.stderr.take().unwrap());
         let mut said = String::new();
         while !said.contains("Landlock") && !said.contains("confined") && log.read_line(&mut said).unwrap() > 0 {}
-        let pid = Pid::from_raw(child.id().cast_signed());
         // One that serves is to end.
         if said.contains("no Landlock") {
-            kill(pid, Signal::SIGHUP).unwrap();
+            process.signal(Signal::SIGHUP);
         }
         log.read_to_string(&mut said).unwrap();
-        let status = child.wait().unwrap();
+        let status = process.wait_for_end();
         (status.code(), format!("{status}: {said}"))
     };
     let result = std::thread::spawn(run).join().unwrap();
