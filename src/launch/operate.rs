@@ -7,16 +7,17 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::builder::TypedValueParser;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, value_parser};
 use serde_json::Value;
 
 use super::inspect::{Inspection, UsableError, inspect};
 use super::output::{OutputError, put, say};
 use super::plugging::{self, PlugError};
 use super::qemu::port_of_bus;
-use super::qmp::{Plug, Qmp, QmpError};
+use super::qmp::{GUEST_PATIENCE, Plug, Qmp, QmpError};
 use super::show::table;
 use super::status;
 use crate::control::protocol::{Addition, Address, Device, Fault, FaultReason, Level, Mapping, Reply, Request};
@@ -66,9 +67,12 @@ pub enum Operation {
         /// The daemon that is asked.
         #[command(flatten)]
         daemon: Daemon,
-        /// QEMU's monitor: first the guest is asked to let each device go, and waited for up to 30 seconds.
+        /// QEMU's monitor: first the guest is asked to let each device go.
         #[arg(long, value_name = "PATH")]
         qmp: Option<PathBuf>,
+        /// How long the guest has for each device.
+        #[arg(long, value_name = "SECONDS", default_value_t = GUEST_PATIENCE, requires = "qmp", value_parser = value_parser!(u32).range(1..=3600))]
+        wait: u32,
     },
     /// Tells a daemon that the VMM has bound devices that were added without --qmp: those that are to be blocked until the guest's
     /// driver attaches them are blocked only then.
@@ -218,8 +222,9 @@ impl Operation {
         match self {
             Self::Status { daemon, json } => show(&daemon, json),
             Self::Add(arguments) => arguments.add(),
-            Self::Remove { endpoints, daemon, qmp } => {
-                plugging::remove(&mut daemon.client()?, &endpoints, qmp.as_deref())
+            Self::Remove { endpoints, daemon, qmp, wait } => {
+                let wait = Duration::from_secs(wait.into());
+                plugging::remove(&mut daemon.client()?, &endpoints, qmp.as_deref(), wait)
             }
             Self::Bound { daemon } => plugging::settle(&mut daemon.client()?),
             Self::Faults { daemon, follow, after, json } => faults(&daemon, after, follow, json),

@@ -5,6 +5,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use super::operate::OperateError;
 use super::output::say;
@@ -134,7 +135,7 @@ fn take_back(client: &mut Client, monitor: &mut Qmp, plugged: &[&Plug<'_>], othe
     // The last one first: with function 0 the guest lets all functions of the slot go.
     let mut waiting = plugged.iter().rev().map(|plug| plug.guest);
     for guest in waiting.by_ref() {
-        match monitor.take_back(guest) {
+        match monitor.unplug(guest) {
             Ok(_) => removed.push(guest.into()),
             Err(error) => {
                 left.push(guest.into());
@@ -167,10 +168,15 @@ const fn is_lost(error: &QmpError) -> bool {
     matches!(error, QmpError::Broken(_) | QmpError::Format(_))
 }
 
-/// Takes endpoints from the daemon; with a monitor, each after the guest has let its device go.
-pub(super) fn remove(client: &mut Client, endpoints: &[EndpointId], qmp: Option<&Path>) -> Result<(), OperateError> {
+/// Takes endpoints from the daemon; with a monitor, each after the guest has let its device go, for which it has so much time.
+pub(super) fn remove(
+    client: &mut Client,
+    endpoints: &[EndpointId],
+    qmp: Option<&Path>,
+    wait: Duration,
+) -> Result<(), OperateError> {
     if let Some(path) = qmp {
-        return Ok(unplug_all(client, &mut Qmp::connect(path)?, endpoints)?);
+        return Ok(unplug_all(client, &mut Qmp::connect_and_wait_for_guest(path, wait)?, endpoints)?);
     }
     tell_siblings(&forget(client, endpoints)?);
     Ok(())

@@ -267,7 +267,7 @@ fn what_the_guest_has_let_go_is_removed_though_it_keeps_something_else() {
         ("device_del", "viommu-01-00.0") => unplugged(id),
         _ => vec![json!({ "error": { "class": "GenericError", "desc": "guest is busy" } })],
     });
-    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
+    let (code, _, said) = ask(&bench, &["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path, "--wait=1"]);
     assert_eq!(code, 1);
     for text in [
         "0000:02:00.0 was not removed: QEMU refuses device_del: guest is busy",
@@ -288,11 +288,20 @@ fn what_the_guest_has_let_go_is_removed_though_it_keeps_something_else() {
 }
 
 #[test]
+fn a_guest_is_waited_for_as_long_as_is_said() {
+    let bench = bench_of_two();
+    let path = monitor(&bench, |_, _| vec![json!({ "return": {} })]);
+    let (code, _, said) = ask(&bench, &["remove", OTHER_TEXT, "--qmp", &path, "--wait=1"]);
+    assert!(code == 1 && said.contains("did not let viommu-02-00.0 go in 1 seconds: try again"), "{said}");
+    assert_eq!(added(&bench), [NEW_TEXT, OTHER_TEXT]);
+}
+
+#[test]
 fn what_was_begun_is_done_though_nobody_reads_what_is_said() {
     let bench = bench_of_two();
     let path = monitor(&bench, |command, id| match (command, id) {
         ("device_del", "viommu-02-00.0") => unplugged(id),
-        _ => vec![json!({ "error": { "class": "GenericError", "desc": "guest is busy" } })],
+        _ => vec![json!({ "error": { "class": "GenericError", "desc": "no hot-plug" } })],
     });
     let mut command = viommuctl(&["remove", NEW_TEXT, OTHER_TEXT, "--qmp", &path]);
     let status = command.arg("--control").arg(bench.path()).stdout(closed()).stderr(closed()).status().unwrap();
