@@ -58,3 +58,31 @@ mod ioctls {
         offset as u32
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_to_map_is_told_by_its_reason() {
+        for (errno, kind) in [
+            (Errno::INVAL, HostErrorKind::Unmappable),
+            (Errno::OVERFLOW, HostErrorKind::Unmappable),
+            (Errno::EXIST, HostErrorKind::AlreadyMapped),
+            (Errno::NOMEM, HostErrorKind::NoMemory),
+            (Errno::NOSPC, HostErrorKind::NoMemory),
+            (Errno::FAULT, HostErrorKind::BadAddress),
+            (Errno::PERM, HostErrorKind::Other),
+        ] {
+            assert_eq!(map_error_kind(errno), kind, "{errno}");
+        }
+    }
+
+    /// The numbers of `VFIO_CHECK_EXTENSION` and `VFIO_DEVICE_BIND_IOMMUFD`, include/uapi/linux/vfio.h.
+    #[cfg(any(feature = "iommufd", feature = "type1"))]
+    #[test]
+    fn vfios_calls_are_those_of_the_kernel() {
+        assert_eq!((vfio_opcode(1), vfio_opcode(18)), (0x3b65, 0x3b76));
+        assert_eq!(size::<[u64; 3]>(), 24);
+    }
+}

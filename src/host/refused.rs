@@ -136,4 +136,22 @@ mod tests {
         accesses.on_first(wake(&woken));
         assert_eq!(woken.load(Ordering::Relaxed), 2, "only the first is called");
     }
+
+    #[test]
+    fn what_there_is_no_room_for_is_counted() {
+        let accesses = RefusedAccesses::default();
+        let of = |address| RefusedAccess {
+            endpoint: EndpointId(1),
+            address,
+            access: Access::WRITE,
+            reason: RefusalReason::NoTable,
+        };
+        let room = RefusedAccesses::CAPACITY as u64;
+        (0..room).map(of).for_each(|refused| accesses.push(refused));
+        assert_eq!(accesses.dropped(), 0);
+        (room..room + 3).map(of).for_each(|refused| accesses.push(refused));
+        assert_eq!(accesses.dropped(), 3);
+        assert_eq!(accesses.pop(), Some(of(0)), "the oldest are kept");
+        assert_eq!(accesses.dropped(), 3);
+    }
 }

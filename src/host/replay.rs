@@ -304,6 +304,10 @@ mod tests {
         assert_eq!(error.kind, HostErrorKind::Unsupported);
         table.map(iova, &segments, Access::WRITE).unwrap();
         assert_eq!(group.mapper().mapped.lock().unwrap().len(), 0, "nothing is mapped before the group is attached");
+        assert!(group.is_found_blocked());
+        assert_eq!(table.unmap("0-ffff".parse().unwrap()).unwrap(), 0x1000);
+        assert_eq!(table.unmap(iova).unwrap(), 0);
+        table.map(iova, &segments, Access::WRITE).unwrap();
         group.attach(&table).unwrap();
         assert_eq!(group.mapper().mapped.lock().unwrap()[&0x1000], (0x1000, Access::WRITE));
         group.attach(&table).unwrap();

@@ -78,3 +78,18 @@ impl IoPageTable for SoftwareTable {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_any_emulated_groups_and_unmaps_what_it_is_asked_to() {
+        let [one, other] = [1, 2].map(|id| SoftwareGroup::new(vec![EndpointId(id)], 0x1000));
+        let table = one.new_table().unwrap();
+        assert!(other.can_share(table.as_ref()) && other.can_migrate());
+        assert!(table.in_software());
+        assert_eq!(table.unmap("1000-2fff".parse().unwrap()).unwrap(), 0x2000);
+        assert_eq!(table.unmap(IovaRange::ALL).unwrap(), u64::MAX);
+    }
+}

@@ -127,8 +127,11 @@ impl IoPageTable for TimedTable {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::host::fake::{Attachment, FakeHost, Flavour};
+    use crate::host::{AfterFailure, HostErrorKind};
     use crate::range::RangeSet;
 
     #[test]
@@ -154,6 +157,118 @@ mod tests {
         assert!(time.spent() > Duration::ZERO);
         // A table outlives what is attached to it.
         first.block();
+    }
+
+    /// A group and a table that answer every question with the same, refuse what they are asked to do, and keep what that was.
+    #[derive(Debug, Default)]
+    struct Stubborn {
+        answer: bool,
+        refused: RefusedAccesses,
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl Stubborn {
+        fn refuse(&self, what: String) -> HostError {
+            self.asked.lock().unwrap().push(what);
+            HostError::new(HostErrorKind::Gone, "", None)
+        }
+    }
+
+    impl HostGroup for Stubborn {
+        fn members(&self) -> &[EndpointId] {
+            &[]
+        }
+
+        fn new_table(&self) -> Result<Arc<dyn IoPageTable>, HostError> {
+            Err(self.refuse("table".to_owned()))
+        }
+
+        fn can_share(&self, _: &dyn IoPageTable) -> bool {
+            self.answer
+        }
+
+        fn is_found_blocked(&self) -> bool {
+            self.answer
+        }
+
+        fn attach(&self, _: &Arc<dyn IoPageTable>) -> Result<(), AttachError> {
+            Err(AttachError { error: self.refuse("attach".to_owned()), after: AfterFailure::Blocked })
+        }
+
+        fn block(&self) {
+            self.refuse("block".to_owned());
+        }
+
+        fn release(&self, member: EndpointId) {
+            self.refuse(format!("release {member}"));
+        }
+
+        fn refused_accesses(&self) -> Option<&RefusedAccesses> {
+            self.answer.then_some(&self.refused)
+        }
+
+        fn can_migrate(&self) -> bool {
+            self.answer
+        }
+
+        fn memory_changed(&self, _: &GuestRam) {
+            self.refuse("memory".to_owned());
+        }
+    }
+
+    impl IoPageTable for Stubborn {
+        fn map(&self, iova: IovaRange, _: &[HostSegment], _: Access) -> Result<(), MapError> {
+            Err(MapError::Refused(self.refuse(format!("map {iova}"))))
+        }
+
+        fn unmap(&self, iova: IovaRange) -> Result<u64, HostError> {
+            self.refuse(format!("unmap {iova}"));
+            Ok(iova.start())
+        }
+
+        fn constraints(&self) -> Result<Constraints, HostError> {
+            Err(self.refuse("constraints".to_owned()))
+        }
+
+        fn in_software(&self) -> bool {
+            self.answer
+        }
+    }
+
+    #[test]
+    fn a_timed_group_and_its_tables_say_what_those_say_that_are_timed() {
+        for answer in [false, true] {
+            let inner = Arc::new(Stubborn { answer, ..Stubborn::default() });
+            let time = Arc::new(HostTime::default());
+            let group = TimedGroup::new(Arc::clone(&inner) as _, Arc::clone(&time));
+            let table: Arc<dyn IoPageTable> = Arc::new(TimedTable { table: Arc::clone(&inner) as _, time });
+            assert_eq!(
+                [group.can_share(&*table), group.is_found_blocked(), group.can_migrate(), table.in_software()],
+                [answer; 4]
+            );
+            assert_eq!(
+                group.refused_accesses().map(std::ptr::from_ref),
+                answer.then_some(std::ptr::from_ref(&inner.refused))
+            );
+            assert!(group.new_table().is_err() && group.attach(&table).is_err() && table.constraints().is_err());
+            group.block();
+            group.release(EndpointId(1));
+            group.memory_changed(&GuestRam::default());
+            assert!(table.map("5000-5fff".parse().unwrap(), &[], Access::READ).is_err());
+            assert_eq!(table.unmap("7000-7fff".parse().unwrap()).unwrap(), 0x7000);
+            let release = format!("release {}", EndpointId(1));
+            let asked = [
+                "table",
+                "attach",
+                "constraints",
+                "block",
+                &release,
+                "memory",
+                "map 0x5000-0x5fff",
+                "unmap 0x7000-0x7fff",
+            ];
+            assert_eq!(*inner.asked.lock().unwrap(), asked);
+        }
     }
 
     #[test]

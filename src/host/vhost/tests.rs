@@ -111,3 +111,10 @@ fn what_the_device_cannot_map_is_not_asked_of_it() {
     assert_eq!(machine.send(&[3, 1, 0, 1, 0xfff, 1, 0x2000, 0, 1]), RANGE);
     assert_eq!(machine.kernel.entries(), []);
 }
+
+/// A range of 2^64 bytes cannot be said.
+#[test]
+fn all_addresses_are_forgotten_in_halves_that_share_none() {
+    let middle = 1 << 63;
+    assert_eq!(halves(IovaRange::ALL), [IovaRange::new(0, middle - 1), IovaRange::new(middle, u64::MAX)]);
+}
