@@ -25,6 +25,7 @@ pub mod confined;
 #[cfg(target_arch = "x86_64")]
 pub mod inject;
 pub mod left_out;
+pub mod logged;
 pub mod processes;
 mod requests;
 pub mod status;

@@ -123,7 +123,7 @@ fn the_operators_choices_hold_for_what_is_added() {
 }
 
 #[test]
-fn windows_that_the_operator_knows_are_withheld_from_what_is_added() {
+fn windows_that_the_operator_knows_are_withheld_from_what_is_added_and_the_log_says_so() {
     let shown = json!({ "usable": [["0x0", "0x7fffffffff"]], "driver": "arm-smmu-v3",
         "reserved_regions": ["0xe0000000 0xefffffff reserved"] });
     let add = |options: &[&str]| {
@@ -132,5 +132,12 @@ fn windows_that_the_operator_knows_are_withheld_from_what_is_added() {
         reply["added"]["endpoints"][0]["withheld"].clone()
     };
     assert_eq!(add(&[]), json!([]));
+    super::common::logged::keep();
     assert_eq!(add(&["--host-window=e0000000-efffffff"])[0]["reason"], "window-by-match");
+    let lines = super::common::logged::lines();
+    for line in ["0xfee00000-0xfeefffff is reported as msi", "0xe0000000-0xefffffff is not reported (window-by-match: "]
+    {
+        let line = format!("endpoint {NEW_TEXT}: {line}");
+        assert!(lines.iter().any(|logged| logged.starts_with(&line)), "{line}: {lines:?}");
+    }
 }

@@ -3,10 +3,9 @@
 //! What a guest behind a vhost-user socket can have the daemon log.
 
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
-use log::{LevelFilter, Log, Metadata, Record};
 use vhost::vhost_user::Listener;
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::host::HostErrorKind;
@@ -15,30 +14,12 @@ use virtio_iommu::queue::Polling;
 use virtio_iommu::vhost_user::{BackendOptions, IommuBackend, OnStop};
 
 use crate::common::alone::alone;
-use crate::common::{Machine, attach, detach, guest_memory, map};
+use crate::common::{Machine, attach, detach, guest_memory, logged, map};
 use crate::machine::{LONE, NOMEM, OK, READ, msi_view, range, usable};
-
-static LINES: Lines = Lines(Mutex::new(Vec::new()));
-
-/// A log that is kept.
-struct Lines(Mutex<Vec<String>>);
-
-impl Log for Lines {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &Record<'_>) {
-        self.0.lock().unwrap().push(record.args().to_string());
-    }
-
-    fn flush(&self) {}
-}
 
 /// Serves a guest whose log is kept; what was logged, and for how many seconds, one begun and one ended among them.
 fn lines_of(guest: impl FnOnce(&FakeHost, &mut Machine)) -> (Vec<String>, usize) {
-    log::set_logger(&LINES).unwrap();
-    log::set_max_level(LevelFilter::Info);
+    logged::keep();
     let host = FakeHost::new(Flavour::Iommufd);
     let settings = Settings::new(range("0-ffffffff"), 0x1000);
     let device = VirtioIommu::new(settings, vec![(LONE, msi_view())], vec![host.group(&[LONE], usable())]).unwrap();
@@ -57,7 +38,7 @@ fn lines_of(guest: impl FnOnce(&FakeHost, &mut Machine)) -> (Vec<String>, usize)
     let started = Instant::now();
     guest(&host, &mut machine);
     let seconds = started.elapsed().as_secs() as usize + 2;
-    let lines = LINES.0.lock().unwrap().clone();
+    let lines = logged::lines();
     drop(machine);
     daemon.join().unwrap();
     backend.shut_down();
