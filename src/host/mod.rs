@@ -258,3 +258,20 @@ impl From<MapError> for HostError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_says_what_failed_on_what_and_what_to_do() {
+        let group = Members(&[EndpointId(8), EndpointId(9)]);
+        let error = HostError::new(HostErrorKind::NoMemory, format!("mapping 0x0-0xfff for {group}"), None);
+        assert_eq!(
+            error.to_string(),
+            "mapping 0x0-0xfff for the group of endpoint 0000:00:01.0: out of memory, or over the limit on locked memory (raise \
+             RLIMIT_MEMLOCK)"
+        );
+        assert_eq!(Members(&[]).to_string(), "a group without endpoints");
+    }
+}
