@@ -2,8 +2,9 @@
 
 //! The device behind a VMM's lock.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use virtio_iommu::device::{Settings, VirtioIommu};
 use virtio_iommu::embed::{EmbeddedIommu, Transport};
 use virtio_iommu::host::HostGroup;
@@ -59,6 +60,7 @@ fn send(device: &mut VirtioIommu, request: &[u8]) -> u8 {
 
 /// A VMM's device, and what is behind it.
 struct Vmm {
+    /// A lock that everybody gets in turn: with another, one can be kept waiting by the others for very long.
     iommu: Mutex<Iommu>,
     translation: Arc<Translation>,
     disk: Translator,
@@ -90,7 +92,7 @@ impl Vmm {
     }
 
     fn lock(&self) -> MutexGuard<'_, Iommu> {
-        self.iommu.lock().unwrap_or_else(PoisonError::into_inner)
+        self.iommu.lock()
     }
 
     /// A driver's MAP, and UNMAP or DETACH.

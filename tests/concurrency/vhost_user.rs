@@ -5,8 +5,9 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Frontend, Listener, VhostUserFrontend};
@@ -96,7 +97,7 @@ impl Connection {
             machine.start_ring(base);
         }
         if round % 32 == 9 {
-            let _changing = self.changing.lock().unwrap();
+            let _changing = self.changing.lock();
             machine.frontend.reset_device().unwrap();
             self.wait();
             let found = reach(self.disk(), iova);
@@ -116,7 +117,7 @@ impl Connection {
 
     /// Memory that comes and goes.
     fn change_memory(&self, round: u64) {
-        let _changing = self.changing.lock().unwrap();
+        let _changing = self.changing.lock();
         self.with_high(|| {
             assert_eq!((reach(self.disk(), FIXED), self.assigned(FIXED)), (Some(HIGH), Some(HIGH)), "round {round}");
         });
@@ -127,7 +128,7 @@ impl Connection {
     fn write_bypass(&self, round: u64) {
         let bypass = round % 2;
         let mut frontend = self.frontend.clone();
-        let _changing = self.changing.lock().unwrap();
+        let _changing = self.changing.lock();
         frontend.set_config(36, VhostUserConfigFlags::empty(), &[bypass as u8]).unwrap();
         let (_, config) = frontend.get_config(36, 1, VhostUserConfigFlags::empty(), &[0]).unwrap();
         assert_eq!(config, [bypass as u8]);
