@@ -2,7 +2,7 @@
 
 //! The two programs from outside: exit codes, messages, signals, what they leave behind.
 
-#![cfg(feature = "daemon")]
+#![cfg(all(feature = "daemon", not(sanitized = "thread")))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod common;

@@ -314,8 +314,8 @@ mod tests {
         watcher.release(200).unwrap();
         assert_eq!(watcher.hold(null.as_fd()).unwrap(), 0);
         // The daemon is killed: nothing is said.
-        std::mem::forget(watcher);
         socket.shutdown(std::net::Shutdown::Both).unwrap();
+        drop(watcher);
         assert_eq!(watching.join().unwrap(), ["added", "added"]);
     }
 

@@ -7,6 +7,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(not(sanitized = "thread"))]
 mod daemon;
 mod faults;
 mod files;

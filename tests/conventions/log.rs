@@ -70,6 +70,7 @@ fn a_journal_reads_priorities() {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "that it is not confined is logged")]
 fn levels_are_the_options_or_the_environments() {
     let listens = |said: &str| said.contains("listening on");
     assert!(listens(&said(Start::with(&[]))));

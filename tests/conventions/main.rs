@@ -2,6 +2,7 @@
 
 //! The daemon as those meet it who start it: its options, exit codes, sockets, readiness and log, and what is installed.
 
+#![cfg(not(sanitized = "thread"))]
 #![allow(clippy::cast_possible_truncation, clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 #[path = "../common/mod.rs"]
