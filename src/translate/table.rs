@@ -19,8 +19,6 @@ use crate::range::IovaRange;
 
 /// The bits of an address that a node resolves.
 const NODE_SHIFT: u32 = SLOTS.trailing_zeros();
-/// The bits of an address that an entry of the highest root spans: all addresses are below.
-const HIGHEST_SHIFT: u32 = PAGE_SHIFT + NODE_SHIFT * 8;
 
 /// What an address translates to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,7 +172,8 @@ impl Table {
             root.node = self.take_node(truth)?;
             self.root.store(root.to_bits(), Ordering::Release);
         }
-        while !root.reaches(iova) && root.shift < HIGHEST_SHIFT {
+        // A root whose entries span 60 bits of an address reaches all of them.
+        while !root.reaches(iova) {
             // The former root stays what it is: somebody may be in it.
             let node = self.take_node(truth)?;
             self.arena.store(node, 0, Entry::node(root.node));
@@ -368,6 +367,31 @@ mod tests {
             assert!(is_in_tree(&table, page));
             assert!(!is_in_tree(&table, page ^ 0x8000));
         }
+    }
+
+    #[test]
+    fn an_unmap_beside_a_page_that_is_alone_leaves_it() {
+        let table = table(64);
+        let page = 0x0fff_8000;
+        map(&table, page);
+        table.lookup(page).unwrap();
+        for around in ["ff00000-fff7fff", "fff9000-fffffff"] {
+            assert_eq!(table.unmap(around.parse().unwrap()).unwrap(), 0);
+            assert!(is_in_tree(&table, page), "{around}");
+        }
+        table.unmap("fff8000-fff8fff".parse().unwrap()).unwrap();
+        assert!(!is_in_tree(&table, page));
+    }
+
+    #[test]
+    fn a_table_reaches_all_addresses() {
+        let table = table(64);
+        let pages = [0, 1 << 42, 1 << 48, 1 << 54, 1 << 60, u64::MAX - 0xfff];
+        for page in pages {
+            map(&table, page);
+            table.lookup(page).unwrap();
+        }
+        assert_eq!(pages.map(|page| is_in_tree(&table, page)), [true; 6]);
     }
 
     #[test]
