@@ -113,6 +113,13 @@ fn an_answer_goes_as_far_as_memory_belongs_together() {
     assert_eq!(device.ask(0x10_0000, VhostAccess::ReadOnly), [first], "as far as the region");
     let second = Entry { iova: 0x10_2000, size: 3 * PAGE, host_address: device.host(0x10_0000), access: 1 };
     assert_eq!(device.ask(0x10_2010, VhostAccess::ReadOnly), [first, second], "as far as memory is consecutive");
+
+    // However large the first one is.
+    let mut device = Device::attached();
+    assert_eq!(device.machine.map(1, 0x10_0000, 0x8_0000, 0, READ), OK);
+    assert_eq!(device.machine.map(1, 0x18_0000, 2 * PAGE, 0x8_0000, READ), OK);
+    let both = Entry { iova: 0x10_0000, size: 0x8_2000, host_address: device.host(0), access: 1 };
+    assert_eq!(device.ask(0x10_0000, VhostAccess::ReadOnly), [both]);
 }
 
 #[test]
