@@ -98,6 +98,15 @@ impl ContainerFile {
     }
 }
 
+/// Unmaps all that there is by calls of flags, first address and size.
+fn unmap_all(unmap: impl Fn(u32, u64, u64) -> Result<u64, Errno>) -> Result<u64, Errno> {
+    match unmap(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
+        // Before Linux 5.12 there is no such flag: the two halves of the address space are all there is.
+        Err(Errno::INVAL) => Ok(unmap(0, 0, 1 << 63)? + unmap(0, 1 << 63, LAST_HALF)?),
+        result => result,
+    }
+}
+
 impl ContainerApi for ContainerFile {
     fn number(&self) -> RawFd {
         self.file.as_raw_fd()
@@ -148,11 +157,7 @@ impl ContainerApi for ContainerFile {
         let mut held = self.held();
         let gone = match iova.length() {
             Some(size) => self.unmap(0, iova.start(), size)?,
-            None => match self.unmap(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
-                // Before Linux 5.12 there is no such flag: the two halves of the address space are all there is.
-                Err(Errno::INVAL) => self.unmap(0, 0, 1 << 63)? + self.unmap(0, 1 << 63, LAST_HALF)?,
-                result => result?,
-            },
+            None => unmap_all(|flags, iova, size| self.unmap(flags, iova, size))?,
         };
         held.release(SPACE, iova);
         Ok(gone)
@@ -242,5 +247,26 @@ unsafe impl Ioctl for GetDeviceFile<'_> {
     unsafe fn output_from_ptr(number: IoctlOutput, _: *mut c_void) -> Result<OwnedFd, Errno> {
         // SAFETY: the call did not fail, so this is the number of a file that nobody else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_is_unmapped_in_halves_by_kernels_without_the_flag() {
+        let halves = |flags, iova, size| match (flags, iova, size) {
+            (VFIO_DMA_UNMAP_FLAG_ALL, ..) => Err(Errno::INVAL),
+            (0, 0, 0x8000_0000_0000_0000) => Ok(0x2000),
+            (0, 0x8000_0000_0000_0000, 0x7fff_ffff_ffff_f000) => Ok(0x3000),
+            other => panic!("{other:x?}"),
+        };
+        assert_eq!(unmap_all(halves), Ok(0x5000));
+        assert_eq!(
+            unmap_all(|flags, _, _| if flags == VFIO_DMA_UNMAP_FLAG_ALL { Ok(0x1000) } else { Ok(1) }),
+            Ok(0x1000)
+        );
+        assert_eq!(unmap_all(|_, _, _| Err(Errno::NOMEM)), Err(Errno::NOMEM));
     }
 }
