@@ -121,6 +121,13 @@ impl Beside {
 }
 
 #[test]
+fn a_device_of_the_host_is_translated_by_it_and_cannot_be_taken_to_another() {
+    let beside = Beside::new();
+    assert!(!beside.group.can_migrate());
+    assert!(!beside.group.new_table().unwrap().in_software());
+}
+
+#[test]
 fn a_member_that_is_released_does_not_keep_the_group_attached() {
     let beside = Beside::new();
     let table = beside.group.new_table().unwrap();
