@@ -82,6 +82,7 @@ impl IoPageTable for SoftwareTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::fake::{FakeHost, Flavour};
 
     #[test]
     fn a_table_is_any_emulated_groups_and_unmaps_what_it_is_asked_to() {
@@ -89,6 +90,8 @@ mod tests {
         let table = one.new_table().unwrap();
         assert!(other.can_share(table.as_ref()) && other.can_migrate());
         assert!(table.in_software());
+        let host = FakeHost::new(Flavour::Iommufd).group(&[EndpointId(3)], RangeSet::from(IovaRange::ALL));
+        assert!(!one.can_share(host.new_table().unwrap().as_ref()));
         assert_eq!(table.unmap("1000-2fff".parse().unwrap()).unwrap(), 0x2000);
         assert_eq!(table.unmap(IovaRange::ALL).unwrap(), u64::MAX);
     }
